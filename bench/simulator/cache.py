@@ -1,0 +1,57 @@
+"""The KV lists of one request in one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class LayerCache:
+    """Per KV head the list of resident tokens, in logical order.
+
+    All heads hold equally many tokens m, but after a round with sets of their own not the same.
+    """
+
+    keys: torch.Tensor
+    """Before RoPE: [kv heads, m, head_dim]."""
+    rotated: torch.Tensor
+    """The same keys after RoPE at their logical positions: [kv heads, m, head_dim]."""
+    values: torch.Tensor
+    """[kv heads, m, head_dim]."""
+    positions: torch.Tensor
+    """Logical positions: int64 [kv heads, m], ascending."""
+
+    @classmethod
+    def empty(cls, heads: int, head_dim: int, dtype: torch.dtype) -> LayerCache:
+        """A cache without tokens."""
+        nothing = torch.empty(heads, 0, head_dim, dtype=dtype)
+        return cls(nothing, nothing, nothing, torch.empty(heads, 0, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return self.positions.shape[1]
+
+    def append(
+        self,
+        keys: torch.Tensor,
+        rotated: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Add tokens to every head: [kv heads, tokens, head_dim], positions int64 [tokens]."""
+        self.keys = torch.cat([self.keys, keys], dim=1)
+        self.rotated = torch.cat([self.rotated, rotated], dim=1)
+        self.values = torch.cat([self.values, values], dim=1)
+        spread = positions.expand(self.positions.shape[0], -1)
+        self.positions = torch.cat([self.positions, spread], dim=1)
+
+    def keep(self, start: int, index: torch.Tensor) -> None:
+        """Drop from list place `start` on all but those at start + index: int64 [kv heads, k]."""
+        heads = self.positions.shape[0]
+        places = torch.cat([torch.arange(start).expand(heads, -1), index + start], dim=1)
+        rows = torch.arange(heads)[:, None]
+        self.keys = self.keys[rows, places]
+        self.rotated = self.rotated[rows, places]
+        self.values = self.values[rows, places]
+        self.positions = self.positions[rows, places]

@@ -1,0 +1,1 @@
+"""Everything that knows SGLang: which functions are hooked, and what the hooks do."""

@@ -1,0 +1,82 @@
+"""Decode: plan rounds when a batch is prepared, run them before its forward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_tri.patches import active
+from sglang_tri.patches import sglang_0517 as adapter
+from sglang_tri.rounds import Due, Region
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_tri.runtime import Runtime
+
+
+def plan_rounds(batch: ScheduleBatch, selected_indices: list[int] | None = None) -> None:
+    """BEFORE check_decode_mem: what a round frees is there when the scheduler looks for memory."""
+    if selected_indices is not None:
+        return
+    runtime = active.get().runtime
+    due = _find_due(batch, runtime)
+    if due:
+        _shrink(batch, due, runtime)
+
+
+def _find_due(batch: ScheduleBatch, runtime: Runtime) -> dict[int, Due]:
+    """The requests with a full private region, by their index in the batch."""
+    due = {}
+    for index, req in enumerate(batch.reqs):
+        state = adapter.state_of(req)
+        if state is None:
+            continue
+        length = adapter.physical_length(req)
+        if state.region is None:
+            state.region = Region.open(state.settings, length, runtime.page_size)
+        if length >= state.region.due_at:
+            due[index] = Due(state, state.region, req.req_pool_idx)
+    return due
+
+
+def _shrink(batch: ScheduleBatch, due: dict[int, Due], runtime: Runtime) -> None:
+    _fence()
+    freed = runtime.plan(due.values(), batch.req_to_token_pool.req_to_token)
+    batch.token_to_kv_pool_allocator.free_segment(freed, start_pos=0)
+    cut = torch.zeros(len(batch.reqs), dtype=torch.int64)
+    for index, request in due.items():
+        region = request.region
+        adapter.set_physical_length(batch.reqs[index], region.start + region.kept)
+        cut[index] = region.candidates - region.kept
+    adapter.shrink_batch(batch, cut)
+
+
+def _fence() -> None:
+    """Order the next write into the slot table behind the forward pass that may still read there.
+
+    Without a round, SGLang only appends to a row, where no running forward pass reads.
+    """
+    scheduler = active.get().scheduler
+    if scheduler.enable_overlap:
+        scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
+
+
+def run_rounds(
+    worker: TpModelWorker, batch: ScheduleBatch | None, *args: Any, **kwargs: Any
+) -> None:
+    """BEFORE forward_batch_generation: every earlier write and later read is on this stream."""
+    runtime = active.get().runtime
+    runtime.execute()
+    if batch is not None and batch.forward_mode.is_extend():
+        runtime.forget_rows(batch.req_pool_indices)
+
+
+def shift_positions(result: ForwardBatch, *args: Any, **kwargs: Any) -> None:
+    """AFTER ForwardBatch.init_new: RoPE positions count tokens, everything else counts slots."""
+    runtime = active.get().runtime
+    if runtime.shifts_positions and result.forward_mode.is_decode():
+        result.positions = result.positions + runtime.deltas[result.req_pool_indices]

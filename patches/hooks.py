@@ -1,0 +1,87 @@
+"""What a hook is, and how hooks are put in place and verified."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_tri.errors import KvPolicyError
+
+BEFORE, AFTER, AROUND = "BEFORE", "AFTER", "AROUND"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One hook.
+
+    Attributes:
+        stage: when it is installed, see `table`.
+        target: dotted path of the hooked function.
+        kind: a member of SGLang's `HookType`.
+        function: the hook.
+        parameters: leading parameters of the target that the hook counts on.
+        purpose: what it is for.
+    """
+
+    stage: str
+    target: str
+    kind: str
+    function: Callable[..., Any]
+    parameters: tuple[str, ...]
+    purpose: str
+
+
+def install(hooks: Sequence[Hook]) -> None:
+    """Install `hooks` through SGLang's registry and verify each of them.
+
+    Raises:
+        KvPolicyError: a target is missing, has another signature, or was not replaced.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    missing = [hook for hook in hooks if not is_installed(hook)]
+    problems = [problem for hook in missing if (problem := probe(hook))]
+    if not problems:
+        for hook in missing:
+            HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
+        HookRegistry.apply_hooks()
+        problems = [f"{h.target}: was not replaced" for h in missing if not is_installed(h)]
+    if problems:
+        raise KvPolicyError(
+            "--kv-policy cannot hook into this SGLang: " + "; ".join(problems) + ". "
+            "Run `sglang-tri doctor`, and install a tested version of SGLang."
+        )
+
+
+def probe(hook: Hook) -> str:
+    """Why `hook` cannot be applied to the installed SGLang, or "" if it can."""
+    try:
+        function = _resolve(hook.target)
+    except (ImportError, AttributeError) as error:
+        return f"{hook.target}: {error}"
+    parameters = tuple(inspect.signature(function).parameters)
+    if parameters[: len(hook.parameters)] != hook.parameters:
+        return f"{hook.target}: takes {parameters}, expected {hook.parameters}"
+    return ""
+
+
+def _resolve(target: str) -> Callable[..., Any]:
+    """The plain function behind `target`."""
+    path, name = target.rsplit(".", 1)
+    owner = pkgutil.resolve_name(path)
+    found = inspect.getattr_static(owner, name)
+    return getattr(found, "__func__", found)
+
+
+def is_installed(hook: Hook) -> bool:
+    """Whether calling the target reaches the hook: SGLang's wrapper closes over it."""
+    function: Any = _resolve(hook.target)
+    while function is not None:
+        cells = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+        if cells.get("hook") is hook.function:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

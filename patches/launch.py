@@ -1,0 +1,75 @@
+"""The main process of a server whose policy is on: refuse early, and confirm that it runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from sglang_tri import stats
+from sglang_tri.config import KvPolicyConfig
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.patches import flags, refusals
+from sglang_tri.patches.responses import KEY
+from sglang_tri.policies import POLICIES
+
+if TYPE_CHECKING:
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
+    """Before anything is started: refuse what cannot work, install the main process's hooks.
+
+    Raises:
+        KvPolicyError: what cannot work, by flag, value and reason.
+    """
+    from sglang_tri.patches import table  # It names this module.
+
+    refusals.check_version(settings)
+    refusals.check_server_args(server_args)
+    model = server_args.get_model_config()
+    refusals.check_model_config(model)
+    check_statistics(settings, model)
+    table.install_stage(table.MAIN)
+
+
+def check_statistics(settings: KvPolicyConfig, model: Any) -> None:
+    """Refuse missing or unreadable statistics, and those of another geometry."""
+    if settings.stats is None:
+        if POLICIES[settings.policy].needs_statistics:
+            raise KvPolicyError(
+                f"--kv-policy {settings.policy} needs query statistics: give --kv-stats FILE, "
+                "or use --kv-policy streaming, which needs none."
+            )
+        return
+    found = stats.load(settings.stats)
+    found.check_geometry(model.num_hidden_layers, model.num_attention_heads, model.head_dim)
+    served = model.model_path.rstrip("/").rsplit("/", 1)[-1]
+    named = (found.model_name or served).rstrip("/").rsplit("/", 1)[-1]
+    if named != served:
+        logger.warning("--kv-stats %s was made for %s, serving %s.", found.path, named, served)
+
+
+def confirm(
+    result: tuple[Any, ...],
+    cls: type[Engine],
+    server_args: ServerArgs,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """AFTER Engine._launch_subprocesses: the scheduler has said that its hooks are in place.
+
+    SGLang logs errors of plugins and goes on; a server that silently keeps every token would look
+    like one that works.
+    """
+    settings = flags.attached(server_args)
+    if settings is None:
+        return
+    scheduler_infos = result[3].scheduler_infos
+    if not all(info.get(KEY, {}).get("policy") == settings.policy for info in scheduler_infos):
+        raise RuntimeError(
+            f"--kv-policy {settings.policy} is not active in the scheduler process: is sglang-tri "
+            "installed for it, and not filtered out by SGLANG_PLUGINS?"
+        )

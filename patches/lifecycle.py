@@ -1,0 +1,108 @@
+"""The scheduler process: install the hooks, check the loaded engine, build the runtime."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang_tri import stats
+from sglang_tri.config import KvPolicyConfig
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.patches import active, flags, rope
+from sglang_tri.queries import VirtualQueries
+from sglang_tri.runtime import Cache, Observer, Runtime
+from sglang_tri.trace import TraceWriter
+
+if TYPE_CHECKING:
+    import torch
+    from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+# Folder for files that record every round (see sglang_tri.trace).
+TRACE = "SGLANG_KV_POLICY_TRACE"
+
+
+def start_scheduler(
+    original: Callable[..., None], scheduler: Scheduler, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND Scheduler.__init__: without a policy no other hook is ever installed."""
+    from sglang_tri.patches import table  # It names this module.
+
+    server_args = kwargs["server_args"] if "server_args" in kwargs else args[0]
+    settings = flags.attached(server_args)
+    if settings is None:
+        original(scheduler, *args, **kwargs)
+        return
+    table.install_stage(table.SCHEDULER)
+    original(scheduler, *args, **kwargs)
+    active.activate(active.Active(_build_runtime(scheduler, settings), scheduler))
+    logger.info(
+        "KV policy: %s, mode %s, budget %d, interval %d, statistics %s",
+        settings.policy,
+        settings.eviction_mode,
+        settings.budget,
+        settings.interval,
+        settings.stats or "none",
+    )
+
+
+def _build_runtime(scheduler: Scheduler, settings: KvPolicyConfig) -> Runtime:
+    model = scheduler.tp_worker.model_runner.model
+    _check_tree(scheduler)
+    _check_windows(model)
+    cache = _read_pool(scheduler)
+    queries = None
+    if settings.stats is not None:
+        queries = _load_queries(model, settings.stats, cache)
+    trace = os.environ.get(TRACE)
+    observer: Observer | None = TraceWriter(trace) if trace else None
+    rows = scheduler.req_to_token_pool.req_to_token.shape[0]
+    return Runtime(settings, cache, rows, scheduler.page_size, queries, observer)
+
+
+def _check_tree(scheduler: Scheduler) -> None:
+    from sglang.srt.mem_cache.chunk_cache import ChunkCache
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    kind = type(scheduler.tree_cache)
+    if kind not in (RadixCache, ChunkCache):
+        raise KvPolicyError(
+            f"--kv-policy does not know the prefix cache {kind.__name__}: "
+            "use SGLang's default one, or --disable-radix-cache."
+        )
+
+
+def _check_windows(model: torch.nn.Module) -> None:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    for module in model.modules():
+        if isinstance(module, RadixAttention) and module.sliding_window_size > 0:
+            raise KvPolicyError(
+                f"--kv-policy does not work with a sliding window of {module.sliding_window_size} "
+                f"tokens (layer {module.layer_id}): attention kernels count slots of the window, "
+                "not positions. Serve another model, or leave --kv-policy out."
+            )
+
+
+def _read_pool(scheduler: Scheduler) -> Cache:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    if type(pool) is not MHATokenToKVPool or pool.kv_cache_layout != "nhd":
+        raise KvPolicyError(
+            f"--kv-policy does not know the KV pool {type(pool).__name__} "
+            f"({getattr(pool, 'kv_cache_layout', 'other')} layout): it needs SGLang's "
+            "MHATokenToKVPool in NHD layout."
+        )
+    readable = [keys.view(pool.dtype) for keys in pool.k_buffer]
+    return Cache(pool.k_buffer, pool.v_buffer, readable)
+
+
+def _load_queries(model: torch.nn.Module, path: str, cache: Cache) -> VirtualQueries:
+    spec = rope.read_rope(rope.find_rotary(model))
+    statistics = stats.load(path)
+    statistics.check_pairing(spec.interleaved)
+    return VirtualQueries(statistics, spec, cache.device)

@@ -1,0 +1,14 @@
+"""SGLang's entry point for plugins; runs once in every SGLang process."""
+
+from __future__ import annotations
+
+from sglang_tri.patches import table
+
+
+def load() -> None:
+    """Add the flags and wait for a server whose policy is on.
+
+    If a hook cannot be installed, the flags are missing and `--kv-policy` is refused as unknown;
+    in the scheduler process, the main process finds out (`launch.confirm`).
+    """
+    table.install_stage(table.ENTRY)

@@ -1,0 +1,83 @@
+"""Read frequencies and factor from the engine's own rotary module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.queries import Rope
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+SUPPORTED = ("default", "linear", "llama3", "yarn", "partial rotary")
+# Rows of the engine's table that the result is compared with: near, and as far as phases are exact.
+_PROBES = (0, 1, 2, 7, 31)
+
+
+def find_rotary(model: torch.nn.Module) -> RotaryEmbedding:
+    """The one rotary module that all attention layers of `model` share.
+
+    Raises:
+        KvPolicyError: there is none, more than one kind, or one that is not supported.
+    """
+    found = {id(m): m for m in model.modules() if hasattr(m, "cos_sin_cache")}
+    described = {_describe(module) for module in found.values()}
+    if len(described) != 1:
+        names = sorted(type(module).__name__ for module in found.values()) or ["none"]
+        raise KvPolicyError(
+            f"--kv-policy needs one rotary embedding for all layers, the model has {names}: "
+            f"supported are {', '.join(SUPPORTED)}."
+        )
+    return next(iter(found.values()))
+
+
+def read_rope(module: RotaryEmbedding) -> Rope:
+    """Frequencies, factor and layout of `module`, checked against its own cos/sin table.
+
+    Raises:
+        KvPolicyError: a kind of RoPE that is not supported.
+    """
+    frequencies, factor = _read(module)
+    rope = Rope(frequencies.double().cpu(), factor, module.head_size, not module.is_neox_style)
+    _check_against_table(module, rope)
+    return rope
+
+
+def _read(module: RotaryEmbedding) -> tuple[torch.Tensor, float]:
+    from sglang.srt.layers import rotary_embedding as sgl
+
+    kind = type(module)
+    if kind is sgl.YaRNScalingRotaryEmbedding:
+        return module._compute_inv_freq(module.scaling_factor), module.mscale
+    if kind is sgl.LinearScalingRotaryEmbedding and len(module.scaling_factors) == 1:
+        return module._compute_inv_freq(module.base).double() / module.scaling_factors[0], 1.0
+    if kind in (sgl.RotaryEmbedding, sgl.Llama3RotaryEmbedding):
+        return module._compute_inv_freq(module.base), 1.0
+    raise _unsupported(kind.__name__)
+
+
+def _check_against_table(module: RotaryEmbedding, rope: Rope) -> None:
+    table = module.cos_sin_cache
+    cos, sin = table[list(_PROBES)].double().cpu().chunk(2, -1)
+    phase = torch.tensor(_PROBES, dtype=torch.float64)[:, None] * rope.frequencies
+    tolerance = 4 * torch.finfo(table.dtype).eps * max(_PROBES)
+    error = torch.maximum(
+        (cos - rope.factor * phase.cos()).abs().max(), (sin - rope.factor * phase.sin()).abs().max()
+    )
+    if error > tolerance:
+        raise _unsupported(type(module).__name__)
+
+
+def _describe(module: torch.nn.Module) -> tuple[object, ...]:
+    values = vars(module)
+    return (type(module), *(values.get(n) for n in ("head_size", "rotary_dim", "base")))
+
+
+def _unsupported(kind: str) -> KvPolicyError:
+    return KvPolicyError(
+        f"--kv-policy does not know the model's RoPE ({kind}): "
+        f"supported are {', '.join(SUPPORTED)}."
+    )

@@ -1,0 +1,178 @@
+"""The user's settings: names, defaults, help texts and what makes them invalid.
+
+`FLAGS` is the only list of settings. The command line, `sgl.Engine(kv_...=...)` and the README's
+table all follow it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.policies import POLICIES
+
+POLICY_NAMES = ("none", *POLICIES)
+MODES = ("per-head", "per-layer-per-head", "union")
+PREFIX = "kv_"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How one setting appears on the command line; `name` is the field of `KvPolicyConfig`."""
+
+    name: str
+    help: str
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def option(self) -> str:
+        return "--kv-" + self.name.replace("_", "-")
+
+    @property
+    def keyword(self) -> str:
+        return PREFIX + self.name
+
+
+FLAGS = (
+    Flag("policy", "which cached tokens of a long generation are kept", POLICY_NAMES),
+    Flag("budget", "generated tokens kept per request; the prompt is on top"),
+    Flag("interval", "evict when budget + interval generated tokens are resident"),
+    Flag("recent", "most recent tokens always kept, inside the budget"),
+    Flag("sinks", "first generated tokens always kept by 'streaming', inside the budget"),
+    Flag("eviction_mode", "which heads and layers share one set of kept tokens", MODES),
+    Flag("normalize", "z-normalize each query head's scores before they are compared"),
+    Flag("stats", "query statistics: official .pt or sglang-tri .safetensors"),
+    Flag("allow_untested_sglang", "run on an SGLang version that this release was not tested with"),
+)
+_BY_NAME = {flag.name: flag for flag in FLAGS}
+
+
+@dataclass(frozen=True)
+class KvPolicyConfig:
+    """Settings of one server, or of one request. All counts are in tokens.
+
+    Raises:
+        KvPolicyError: on construction, when a value or a combination cannot work.
+    """
+
+    policy: str = "none"
+    budget: int = 2048
+    interval: int = 128
+    recent: int = 16
+    sinks: int = 4
+    eviction_mode: str = "per-head"
+    normalize: bool = True
+    stats: str | None = None
+    allow_untested_sglang: bool = False
+    explicit: frozenset[str] = field(default_factory=frozenset, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for flag in FLAGS:
+            _check_type(flag, getattr(self, flag.name))
+        self._check_counts()
+
+    @property
+    def enabled(self) -> bool:
+        return self.policy != "none"
+
+    def _check_counts(self) -> None:
+        for name, smallest in (("budget", 1), ("interval", 1), ("recent", 0), ("sinks", 0)):
+            value = getattr(self, name)
+            if value < smallest:
+                raise KvPolicyError(f"--kv-{name} {value} is too small: use {smallest} or more.")
+        self._check_at_most("recent", "budget", "the recent tokens are kept inside the budget")
+        self._check_at_most("recent", "interval", "a round could not move them without overlap")
+        if self.policy == "streaming":
+            self._check_at_most("sinks", "budget", "the sinks are kept inside the budget")
+
+    def _check_at_most(self, name: str, limit: str, reason: str) -> None:
+        value, bound = getattr(self, name), getattr(self, limit)
+        if value > bound:
+            raise KvPolicyError(
+                f"--kv-{name} {value} is larger than --kv-{limit} {bound}: {reason}. "
+                f"Use --kv-{name} {bound} or less, or a larger --kv-{limit}."
+            )
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> KvPolicyConfig:
+        """A copy with some fields replaced, validated again.
+
+        Raises:
+            KvPolicyError: an unknown field, or a value that cannot work.
+        """
+        unknown = sorted(set(overrides) - set(_BY_NAME))
+        if unknown:
+            raise KvPolicyError(f"unknown KV policy setting {unknown[0]!r}: use one of {_names()}.")
+        return replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, so that the settings travel to other processes by pickle or JSON."""
+        return {flag.name: getattr(self, flag.name) for flag in FLAGS}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> KvPolicyConfig:
+        return cls(**values)
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> KvPolicyConfig:
+        """From `kv_policy=..., kv_budget=...` as `sgl.Engine` takes them; None means the default."""
+        unknown = sorted(set(keywords) - {flag.keyword for flag in FLAGS})
+        if unknown:
+            raise KvPolicyError(f"unknown argument {unknown[0]!r}: use one of {_names(PREFIX)}.")
+        given = {
+            name[len(PREFIX) :]: value for name, value in keywords.items() if value is not None
+        }
+        return cls(**given, explicit=frozenset(given))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the "KV policy" group. Every default is None, so that what a user set stays visible."""
+    group = parser.add_argument_group("KV policy", "KV-cache eviction by sglang-tri")
+    for spec in fields(KvPolicyConfig):
+        flag = _BY_NAME.get(spec.name)
+        if flag is None:
+            continue
+        text = f"{flag.help} (default: {_shown(spec.default)})"
+        if flag.name == "normalize":
+            action: Any = argparse.BooleanOptionalAction
+            group.add_argument(flag.option, dest=flag.keyword, action=action, help=text)
+        elif isinstance(spec.default, bool):
+            group.add_argument(
+                flag.option, dest=flag.keyword, action="store_true", default=None, help=text
+            )
+        else:
+            kind = int if isinstance(spec.default, int) else str
+            group.add_argument(
+                flag.option, dest=flag.keyword, type=kind, choices=flag.choices, help=text
+            )
+
+
+def from_namespace(namespace: argparse.Namespace) -> KvPolicyConfig:
+    """From the parsed command line (see `add_arguments`)."""
+    given = {flag.keyword: getattr(namespace, flag.keyword) for flag in FLAGS}
+    return KvPolicyConfig.from_keywords(given)
+
+
+def _check_type(flag: Flag, value: Any) -> None:
+    if flag.choices is not None:
+        if value not in flag.choices:
+            raise KvPolicyError(
+                f"{flag.option} {value!r} is not known: use one of {', '.join(flag.choices)}."
+            )
+        return
+    default = KvPolicyConfig.__dataclass_fields__[flag.name].default
+    wanted: type = str if default is None else type(default)
+    if flag.name == "stats" and value is None:
+        return
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise KvPolicyError(f"{flag.option} {value!r} must be a {wanted.__name__}.")
+
+
+def _names(prefix: str = "") -> str:
+    return ", ".join(prefix + flag.name for flag in FLAGS)
+
+
+def _shown(default: Any) -> Any:
+    return {True: "on", False: "off", None: "none"}.get(default, default)

@@ -1,0 +1,228 @@
+"""Plan rounds on the scheduler's thread, run them just before the next forward pass.
+
+Which slots become free depends on lengths only, so a plan needs no result from the device: the
+survivors are packed into the first slots of the private region and its tail is free at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_tri.config import KvPolicyConfig
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.kernels.compact import compact, packing
+from sglang_tri.policies import POLICIES
+from sglang_tri.policies.base import Candidates, Policy
+from sglang_tri.queries import VirtualQueries
+from sglang_tri.rounds import Counters, Due, RequestState, Round
+
+# A plan is made on one stream and read on another: its tensors must outlive both in-flight steps.
+_PLANS_KEPT_ALIVE = 4
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The engine's KV cache, layer by layer.
+
+    Attributes:
+        keys, values: [slots, kv_heads, head_dim] as stored; moved as they are.
+        readable_keys: the same memory in the dtype that scores are computed from.
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    readable_keys: Sequence[torch.Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+
+Observer = Callable[[Round, torch.Tensor, torch.Tensor], None]
+
+
+class Runtime:
+    """State of the policy in one scheduler process.
+
+    Args:
+        settings: the server's settings, the default of every request.
+        cache: the KV cache that rounds read and compact.
+        rows: rows of the engine's request-to-slot table.
+        page_size: slots per page.
+        queries: virtual queries, or None where no statistics were given.
+        observer: called after each executed round with the round, the kept indices and the
+            packing; used to write traces.
+    """
+
+    def __init__(
+        self,
+        settings: KvPolicyConfig,
+        cache: Cache,
+        rows: int,
+        page_size: int,
+        queries: VirtualQueries | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.settings = settings
+        self.page_size = page_size
+        self.counters = Counters()
+        self.deltas = torch.zeros(rows, dtype=torch.int64, device=cache.device)
+        self._cache = cache
+        self._queries = queries
+        self._observer = observer
+        self._policies: dict[str, Policy] = {}
+        self._pending: list[Round] = []
+        self._alive: deque[Round] = deque(maxlen=_PLANS_KEPT_ALIVE)
+        self._compressed = 0
+        self.check_runnable(settings)
+
+    def check_runnable(self, settings: KvPolicyConfig) -> None:
+        """Raise `KvPolicyError` if this server lacks what the policy of `settings` needs."""
+        if not settings.enabled:
+            return
+        policy = POLICIES[settings.policy]
+        if policy.needs_statistics and self._queries is None:
+            raise KvPolicyError(
+                f"--kv-policy {settings.policy} needs query statistics: give --kv-stats FILE."
+            )
+        if policy.needs_live_queries:
+            raise KvPolicyError(
+                f"--kv-policy {settings.policy} needs live queries, which no server provides yet."
+            )
+
+    def admit(self, rid: str, overrides: Mapping[str, Any]) -> RequestState | None:
+        """State for a new request, or None where its policy is `none`.
+
+        Raises:
+            KvPolicyError: the overrides are not valid, or not possible on this server.
+        """
+        settings = self.settings.with_overrides(overrides) if overrides else self.settings
+        self.check_runnable(settings)
+        return RequestState(rid, settings) if settings.enabled else None
+
+    def plan(self, due: Iterable[Due], request_to_slot: torch.Tensor) -> torch.Tensor:
+        """Plan one round for each of `due`: update their regions, remember the work.
+
+        Args:
+            due: requests whose physical length has reached `region.due_at`.
+            request_to_slot: int32 [rows, length], read before anything is appended to it.
+
+        Returns:
+            int64 [freed], the slots that are free from now on: whole pages, each page's slots
+            together and in order.
+        """
+        groups: dict[KvPolicyConfig, list[Due]] = {}
+        for request in due:
+            groups.setdefault(request.state.settings, []).append(request)
+        freed = []
+        for settings, members in groups.items():
+            planned = self._plan_group(settings, members, request_to_slot)
+            self._pending.append(planned)
+            freed.append(planned.slots[:, planned.kept :].reshape(-1))
+        return freed[0] if len(freed) == 1 else torch.cat(freed)
+
+    def _plan_group(
+        self, settings: KvPolicyConfig, members: list[Due], request_to_slot: torch.Tensor
+    ) -> Round:
+        physical = [member.region.due_at for member in members]
+        logical = [n + member.region.delta for n, member in zip(physical, members, strict=True)]
+        for member in members:
+            self._count(member)
+        host = torch.tensor(
+            [
+                [member.row for member in members],
+                [member.region.start for member in members],
+                logical,
+                [member.region.delta for member in members],
+            ],
+            dtype=torch.int64,
+            pin_memory=self.deltas.is_cuda,
+        )
+        rows, starts, lengths, deltas = host.to(self.deltas.device, non_blocking=True)
+        reach = torch.arange(members[0].region.candidates, device=rows.device)
+        slots = request_to_slot[rows[:, None], starts[:, None] + reach].long()
+        return Round(settings, members, slots, lengths, rows, deltas)
+
+    def _count(self, member: Due) -> None:
+        state, region, counters = member.state, member.region, self.counters
+        evicted = region.candidates - region.kept
+        counters.saw_resident(region.due_at - region.prompt)
+        counters.requests_evicted += state.evicted_tokens == 0
+        counters.rounds += 1
+        counters.evicted_tokens += evicted
+        counters.freed_slots += evicted
+        state.rounds += 1
+        state.evicted_tokens += evicted
+        self._compressed += region.delta == 0
+        region.delta += evicted
+
+    def execute(self) -> None:
+        """Run the planned rounds. Call on the stream of the forward pass, before its first read."""
+        for planned in self._pending:
+            self._execute_round(planned)
+            self._alive.append(planned)
+        self._pending.clear()
+
+    def _execute_round(self, planned: Round) -> None:
+        settings = planned.settings
+        policy = self._policy(settings.policy)
+        kept = policy.keep(
+            Candidates(
+                settings,
+                self._cache.readable_keys,
+                planned.slots,
+                planned.logical,
+                planned.kept,
+                self._queries,
+            )
+        )
+        packed = packing(kept, planned.candidates, settings.recent, policy.keeps_order)
+        compact(self._cache.keys, planned.slots, packed)
+        compact(self._cache.values, planned.slots, packed)
+        self.deltas[planned.rows] = planned.deltas
+        if self._observer is not None:
+            self._observer(planned, kept, packed)
+
+    @property
+    def shifts_positions(self) -> bool:
+        """Whether any request's logical and physical lengths differ now."""
+        return self._compressed > 0
+
+    def forget_rows(self, rows: torch.Tensor) -> None:
+        """Rows [requests] are being prefilled: their logical and physical lengths are equal."""
+        self.deltas[rows] = 0
+
+    def close(self, state: RequestState, physical: int) -> bool:
+        """The request's slots are released; returns whether anything of it was evicted."""
+        region = state.region
+        if region is None:
+            return False
+        self.counters.saw_resident(physical - region.prompt)
+        state.region = None
+        self._compressed -= region.delta > 0
+        return region.delta > 0
+
+    def _policy(self, name: str) -> Policy:
+        if name not in self._policies:
+            self._policies[name] = POLICIES[name]()
+        return self._policies[name]
+
+    def report(self) -> dict[str, Any]:
+        """Settings and counters, plain values, for `/server_info`."""
+        counters = self.counters
+        return {
+            "policy": self.settings.policy,
+            "mode": self.settings.eviction_mode,
+            "budget": self.settings.budget,
+            "interval": self.settings.interval,
+            "rounds": counters.rounds,
+            "evicted_tokens": counters.evicted_tokens,
+            "freed_slots": counters.freed_slots,
+            "requests_evicted": counters.requests_evicted,
+            "resident_generated_max": counters.resident_generated_max,
+        }

@@ -1,0 +1,47 @@
+"""Write every round's choice to files, in logical positions: for tests and for debugging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sglang_tri.rounds import Due, Round
+
+
+class TraceWriter:
+    """An observer of rounds that writes `{rid}-{round}.npz` into a folder.
+
+    Each file holds `logical` (logical length at the round), `start` (first evictable slot) and
+    `kept`, int64 [layers or 1, kv_heads or 1, kept]: logical positions, ascending.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, planned: Round, kept: torch.Tensor, packed: torch.Tensor) -> None:
+        for index, due in enumerate(planned.due):
+            if due.state.region is not due.region:
+                continue  # Retracted between plan and execution: its slots are gone.
+            logical = int(planned.logical[index])
+            positions = self._candidates(due, logical, kept[:, index].cpu())
+            due.region.positions = positions.gather(-1, packed[:, index].cpu())
+            chosen = positions.gather(-1, kept[:, index].cpu()).sort(-1).values
+            name = f"{due.state.rid}-{due.state.rounds:05d}.npz"
+            np.savez(
+                self._folder / name,
+                logical=logical,
+                start=due.region.start,
+                kept=chosen.numpy(),
+            )
+
+    @staticmethod
+    def _candidates(due: Due, logical: int, kept: torch.Tensor) -> torch.Tensor:
+        """Logical positions of the candidates, in slot order: [layers or 1, heads or 1, n]."""
+        before = due.region.positions
+        if before is None:
+            return torch.arange(due.region.start, logical).expand(*kept.shape[:2], -1)
+        new = torch.arange(logical - (due.region.candidates - before.shape[-1]), logical)
+        return torch.cat([before, new.expand(*before.shape[:2], -1)], -1)
