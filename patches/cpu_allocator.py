@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.memory_pool import KVCache
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.memory_pool import KVCache
 
 
 def make_allocator(
@@ -60,7 +64,7 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
             prefix_lens_cpu: the same values; pages are counted on this copy, as the parent does.
             seq_lens: int64 [batch], tokens that must have slots afterwards.
             seq_lens_cpu: the same values, like `prefix_lens_cpu`.
-            last_loc: int32 or int64 [batch], slot of each request's last token, -1 where it has none.
+            last_loc: int32 or int64 [batch], slot of each request's last token, or -1.
             extend_num_tokens: sum of `seq_lens - prefix_lens`.
             num_new_pages: pages needed in all, where the caller knows it.
 

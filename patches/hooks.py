@@ -40,13 +40,18 @@ def install(hooks: Sequence[Hook]) -> None:
     Raises:
         KvPolicyError: a target is missing, has another signature, or was not replaced.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     missing = [hook for hook in hooks if not is_installed(hook)]
     problems = [problem for hook in missing if (problem := probe(hook))]
     if not problems:
         for hook in missing:
-            HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
+            HookRegistry.register(
+                hook.target,
+                hook.function,
+                HookType[hook.kind],
+                source=HookSource("sglang_tri", "sglang-tri"),
+            )
         HookRegistry.apply_hooks()
         problems = [f"{h.target}: was not replaced" for h in missing if not is_installed(h)]
     if problems:

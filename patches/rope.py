@@ -47,14 +47,14 @@ def read_rope(module: RotaryEmbedding) -> Rope:
 
 
 def _read(module: RotaryEmbedding) -> tuple[torch.Tensor, float]:
-    from sglang.srt.layers import rotary_embedding as sgl
+    from sglang.srt.layers.rotary_embedding import base, rope_variant, yarn
 
     kind = type(module)
-    if kind is sgl.YaRNScalingRotaryEmbedding:
+    if kind is yarn.YaRNScalingRotaryEmbedding:
         return module._compute_inv_freq(module.scaling_factor), module.mscale
-    if kind is sgl.LinearScalingRotaryEmbedding and len(module.scaling_factors) == 1:
+    if kind is base.LinearScalingRotaryEmbedding and len(module.scaling_factors) == 1:
         return module._compute_inv_freq(module.base).double() / module.scaling_factors[0], 1.0
-    if kind in (sgl.RotaryEmbedding, sgl.Llama3RotaryEmbedding):
+    if kind in (base.RotaryEmbedding, rope_variant.Llama3RotaryEmbedding):
         return module._compute_inv_freq(module.base), 1.0
     raise _unsupported(kind.__name__)
 

@@ -117,7 +117,7 @@ class KvPolicyConfig:
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> KvPolicyConfig:
-        """From `kv_policy=..., kv_budget=...` as `sgl.Engine` takes them; None means the default."""
+        """From `kv_policy=..., kv_budget=...` as `sgl.Engine` takes them; None is the default."""
         unknown = sorted(set(keywords) - {flag.keyword for flag in FLAGS})
         if unknown:
             raise KvPolicyError(f"unknown argument {unknown[0]!r}: use one of {_names(PREFIX)}.")

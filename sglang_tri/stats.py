@@ -123,6 +123,10 @@ def _load_official(path: Path) -> Statistics:
     return _checked(real, imag, modulus, content.get("metadata") or {}, path)
 
 
+def _unreadable(path: Path, error: Exception) -> KvPolicyError:
+    return KvPolicyError(f"--kv-stats {path} cannot be read ({error}): is it complete?")
+
+
 def _grid(heads: dict[str, Any], path: Path) -> tuple[int, int]:
     """(layers, heads per layer) of a complete table of heads."""
     found = {(int(m[1]), int(m[2])) for name in heads if (m := _HEAD.match(str(name)))}

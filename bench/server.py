@@ -1,0 +1,142 @@
+"""Start a real SGLang server in a process of its own, talk to it, stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import requests
+
+READY_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 20.0
+
+
+class ServerFailed(RuntimeError):
+    """The server ended before it was ready; the message holds the end of its log."""
+
+
+class Server:
+    """A running SGLang server; a context manager that waits for it and stops it.
+
+    Args:
+        model: model folder.
+        arguments: further command-line arguments.
+        log: file that receives the server's output.
+        environment: variables added to this process's own.
+        on_wait: called about twice a second while the server starts.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.log = log
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._on_wait = on_wait
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1], *arguments]
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Server:
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def wait_until_ready(self) -> None:
+        """Block until the server answers.
+
+        Raises:
+            ServerFailed: it ended, or was not ready in time.
+        """
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise ServerFailed(f"the server ended while it started:\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"the server was not ready in time:\n{self.log_tail()}")
+            self._on_wait()
+            time.sleep(0.5)
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def stop(self) -> None:
+        """End the server and all its processes."""
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._process.pid, sign)
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                continue
+            except ProcessLookupError:
+                return
+
+    def log_tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def post(self, path: str, **body: Any) -> requests.Response:
+        return requests.post(f"{self.url}{path}", json=body, timeout=600)
+
+    def generate(self, **body: Any) -> Any:
+        """`/generate`; returns the decoded answer.
+
+        Raises:
+            requests.HTTPError: the server refused.
+        """
+        response = self.post("/generate", **body)
+        response.raise_for_status()
+        return response.json()
+
+    def internal_state(self) -> dict[str, Any]:
+        answer = requests.get(f"{self.url}/server_info", timeout=60).json()
+        state: dict[str, Any] = answer["internal_states"][0]
+        return state
+
+    def kv_policy(self) -> dict[str, Any]:
+        """The policy's report in `/server_info`."""
+        report: dict[str, Any] = self.internal_state()["kv_policy"]
+        return report
+
+    def flush_cache(self) -> bool:
+        return self.post("/flush_cache").ok
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
