@@ -7,7 +7,6 @@ KV pools are the real ones, so everything built on them runs and can be tested w
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -18,9 +17,14 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
     from sglang.srt.server_args import ServerArgs
 
-logger = logging.getLogger(__name__)
+# Slots of the KV pool unless a flag sizes it: host memory would hold millions of a small model,
+# and SGLang copies the list of free slots whenever it frees some.
+DEFAULT_MAX_TOTAL_TOKENS = 65536
+# Processes of the server besides the one that runs the model: HTTP with tokenizer, detokenizer.
+OTHER_PROCESSES = 2
 
 
 def activate() -> str | None:
@@ -46,26 +50,53 @@ class TorchCpuPlatform(CpuSRTPlatform):
     _enum = PlatformEnum.OOT
 
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
-        pass
+        """Fill what was not asked for with values that suit a CPU; explicit flags stay.
+
+        The attention backend becomes `torch_native`, also in place of `intel_amx` (SGLang's choice
+        for a CPU, which needs kernels that are absent here). A model that `--dtype auto` would run
+        in float16 runs in float32: half precision is many times slower on a CPU. The KV pool
+        gets `DEFAULT_MAX_TOTAL_TOKENS` slots at most.
+        """
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = "torch_native"
+        model_config = server_args.get_model_config()
+        if server_args.dtype == "auto" and model_config.dtype == torch.float16:
+            server_args.dtype = "float32"
+            model_config.dtype = torch.float32  # made from the flags before this was called
+        if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
+            server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
+
+    def init_backend(self) -> None:
+        """Set torch's thread count in a process that runs a model; OMP_NUM_THREADS overrides.
+
+        Every core but those that the server's other processes need: at the end of each parallel
+        operation all threads wait for one whose core was taken away, milliseconds at a time.
+        """
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, torch.get_num_threads() - OTHER_PROCESSES))
 
     def get_default_attention_backend(self) -> str:
+        """torch's scaled dot product attention, request by request."""
         return "torch_native"
 
     def get_device(self, device_id: int | None = None) -> str:
-        # SGLang's device detection wants a string and may pass no index.
+        """Name of the one device, as a string, which SGLang's device detection asks for."""
         return "cpu"
 
     def get_mha_kv_pool_cls(self) -> type:
+        """SGLang's own pool of keys and values."""
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
         return MHATokenToKVPool
 
     def get_mla_kv_pool_cls(self) -> type:
+        """SGLang's own pool of compressed keys and values."""
         from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
         return MLATokenToKVPool
 
-    def get_paged_allocator_cls(self) -> Callable[..., object]:
+    def get_paged_allocator_cls(self) -> Callable[..., BaseTokenToKVPoolAllocator]:
+        """What SGLang calls to make its slot allocator, at every page size."""
         from sglang_tri.patches.cpu_allocator import make_allocator
 
         return make_allocator

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.utils import get_num_new_pages
 
 PAGES = 12
-SLACK = 8192  # readable entries past the stock free list: its kernels read there when out of memory
+SLACK = 8192
 
 
 class Driver:
@@ -66,6 +67,36 @@ class Driver:
         return out.tolist()
 
 
+class PaddedAllocator(PagedTokenToKVPoolAllocator):
+    """The stock allocator, made safe to run out of memory on a CPU.
+
+    Its kernels read past the free list before it notices that pages are missing: the list is a
+    view of a longer tensor here, and no kernel sees an empty one, whose address is null.
+    """
+
+    @property
+    def free_pages(self) -> torch.Tensor:
+        return self._free_pages
+
+    @free_pages.setter
+    def free_pages(self, pages: torch.Tensor | None) -> None:
+        if pages is not None:
+            padded = torch.cat((pages, torch.zeros(SLACK, dtype=torch.int64)))
+            self._free_pages = padded[: len(pages)]
+
+    def alloc_extend(
+        self, prefix: torch.Tensor, _p: torch.Tensor, seq: torch.Tensor, *rest: Any
+    ) -> torch.Tensor | None:
+        if not self.available_size() and get_num_new_pages(seq, self.page_size, prefix):
+            return None
+        return super().alloc_extend(prefix, prefix, seq, *rest)
+
+    def alloc_decode(self, seq: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+        if not self.available_size() and get_num_new_pages(seq, self.page_size, decode=True):
+            return None
+        return super().alloc_decode(seq, *rest)
+
+
 class Reference:
     """The stock allocator in its own process."""
 
@@ -94,15 +125,12 @@ def serve() -> None:
     for line in sys.stdin:
         name, argument = json.loads(line)
         if name == "new":
-            driver, result = Driver(_new(PagedTokenToKVPoolAllocator, *argument)), None
+            driver, result = Driver(_new(PaddedAllocator, *argument)), None
         elif driver is None:
             raise RuntimeError("the first call must be 'new'")
         else:
             result = _apply(driver, name, argument)
         print(json.dumps([result, driver.state()]), file=replies, flush=True)
-        free = driver.allocator.free_pages
-        padded = torch.cat((free, torch.zeros(SLACK, dtype=free.dtype)))
-        driver.allocator.free_pages = padded[: len(free)]
 
 
 def _new(cls: type, page_size: int, need_sort: bool) -> PagedTokenToKVPoolAllocator:

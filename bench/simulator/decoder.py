@@ -60,7 +60,8 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits [T, vocabulary] of final hidden states [T, width]."""
-        return self.model.lm_head(hidden)
+        logits: torch.Tensor = self.model.lm_head(hidden)
+        return logits
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: list[LayerCache]
@@ -80,11 +81,12 @@ class Decoder:
         values = self._split(block.v_proj(x), None)
         kv.append(keys, self.rope.rotate(keys, positions), values, positions)
         mixed = attend(self.rope.rotate(queries, positions), kv.rotated, kv.values, block.scaling)
-        return block.o_proj(mixed.transpose(0, 1).flatten(1))
+        out: torch.Tensor = block.o_proj(mixed.transpose(0, 1).flatten(1))
+        return out
 
     def _split(self, x: torch.Tensor, norm: Any | None) -> torch.Tensor:
         """[T, heads * head_dim] to [heads, T, head_dim], normed per head where the model does."""
-        x = x.unflatten(1, (-1, self.head_dim))
+        x = x.view(len(x), -1, self.head_dim)
         return (x if norm is None else _norm(norm, x)).transpose(0, 1)
 
 
@@ -97,7 +99,7 @@ def attend(
     query i sees the first i + 1, of the others all.
     """
     new, resident = queries.shape[1], keys.shape[1]
-    grouped = queries.unflatten(0, (keys.shape[0], -1))
+    grouped = queries.reshape(keys.shape[0], -1, new, queries.shape[2])
     weights = grouped @ keys[:, None].transpose(2, 3) * scaling
     visible = torch.ones(new, resident, dtype=torch.bool).tril(resident - new)
     weights = weights.masked_fill(~visible, float("-inf")).softmax(dim=-1)
@@ -106,7 +108,10 @@ def attend(
 
 def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """The model's RMS norm; in float64 spelled out, as transformers' own falls to float32."""
-    if x.dtype != torch.float64:
-        return norm(x)
-    variance = x.pow(2).mean(-1, keepdim=True)
-    return norm.weight * (x * torch.rsqrt(variance + norm.variance_epsilon))
+    normed: torch.Tensor
+    if x.dtype == torch.float64:
+        variance = x.pow(2).mean(-1, keepdim=True)
+        normed = norm.weight * (x * torch.rsqrt(variance + norm.variance_epsilon))
+    else:
+        normed = norm(x)
+    return normed

@@ -1,0 +1,32 @@
+# Everything runs in .venv, which `make` fills on first use: SGLang is 9 GB and takes a minute or two.
+SGLANG := 0.5.17
+UV := $(shell command -v uv || echo .uv/bin/uv)
+PYTHON := .venv/bin/python
+
+.PHONY: demo test check bench clean
+
+demo: .venv/.ready
+	$(PYTHON) -m bench.demo
+
+test: check
+	$(PYTHON) -m pytest
+
+check: .venv/.ready
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: .venv/.ready
+	$(PYTHON) -m bench.overhead
+
+clean:
+	rm -rf .venv .uv .models results
+
+.venv/.ready: pyproject.toml Makefile | $(UV)
+	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.13' .venv
+	$(UV) pip install --quiet --python $(PYTHON) 'sglang==$(SGLANG)' -e '.[dev]'
+	touch $@
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install --quiet uv
