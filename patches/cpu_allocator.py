@@ -47,6 +47,8 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
     as the parent's; pages come from the front of `free_pages`, request after request.
     """
 
+    free_pages: torch.Tensor  # int64 [free pages], page numbers from 1
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,

@@ -55,7 +55,13 @@ class TorchCpuPlatform(CpuSRTPlatform):
         The attention backend becomes `torch_native`, also in place of `intel_amx` (SGLang's choice
         for a CPU, which needs kernels that are absent here). A model that `--dtype auto` would run
         in float16 runs in float32: half precision is many times slower on a CPU. The KV pool
-        gets `DEFAULT_MAX_TOTAL_TOKENS` slots at most.
+        gets `DEFAULT_MAX_TOTAL_TOKENS` slots at most. An idle scheduler sleeps (a flag that can
+        only be switched on) instead of spinning on a core that other processes could use. Grammars
+        run on `llguidance`.
+
+        Raises:
+            ValueError: `--grammar-backend xgrammar`, which kills the server on the first request
+                that needs it: SGLang applies its masks on accelerators only.
         """
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = "torch_native"
@@ -65,6 +71,13 @@ class TorchCpuPlatform(CpuSRTPlatform):
             model_config.dtype = torch.float32  # made from the flags before this was called
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
+        server_args.sleep_on_idle = True
+        if server_args.grammar_backend is None:
+            server_args.grammar_backend = "llguidance"
+        elif server_args.grammar_backend == "xgrammar":
+            raise ValueError(
+                "SGLang cannot use xgrammar on a CPU: pass --grammar-backend llguidance"
+            )
 
     def init_backend(self) -> None:
         """Set torch's thread count in a process that runs a model; OMP_NUM_THREADS overrides.

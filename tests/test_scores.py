@@ -84,9 +84,7 @@ def rotate(keys: torch.Tensor, positions: torch.Tensor, rope: Rope) -> torch.Ten
     rotated = rope.rotary_dim // 2
     phase = positions.double()[:, None] * rope.frequencies
     turn = torch.polar(torch.full_like(phase, rope.factor), phase)[None, :, None]
-    pair = torch.complex(
-        keys[..., first[:rotated]].double(), keys[..., second[:rotated]].double()
-    )
+    pair = torch.complex(keys[..., first[:rotated]].double(), keys[..., second[:rotated]].double())
     cached = keys.double().clone()
     cached[..., first[:rotated]] = (pair * turn).real
     cached[..., second[:rotated]] = (pair * turn).imag
@@ -113,9 +111,7 @@ def compare(statistics: stats.Statistics, rope: Rope, kv_heads: int, logical: in
         queries.pairs,
     )
     scale = expected.abs().max()
-    torch.testing.assert_close(
-        actual[:, 0].double() / scale, expected / scale, rtol=0, atol=3e-6
-    )
+    torch.testing.assert_close(actual[:, 0].double() / scale, expected / scale, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.3465735902799727])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -66,30 +67,25 @@ def reconcile(
     positions, int64 shaped like `selection.index`, ascending. Raises RoundMismatch unless every
     differing candidate's score lies within `tolerance` of its set's edge.
     """
-    if recorded.shape != selection.index.shape:
-        raise RoundMismatch(
-            number,
-            0,
-            0,
-            torch.inf,
-            f"shape {list(recorded.shape)}, not {list(selection.index.shape)}",
-        )
+    shape = selection.index.shape
+    if recorded.shape != shape:
+        detail = f"shape {list(recorded.shape)}, not {list(shape)}"
+        raise RoundMismatch(number, 0, 0, torch.inf, detail)
     index = torch.empty_like(selection.index)
     differing = 0
-    for layer, head in torch.cartesian_prod(*map(torch.arange, recorded.shape[:2])).tolist():
-        own = selection.index[layer, head]
-        index[layer, head] = _locate(
-            number, layer, head, positions[layer, head], recorded[layer, head]
-        )
-        odd = _difference(own, index[layer, head], positions.shape[-1])
+    for layer, head in product(range(shape[0]), range(shape[1])):
+        places, theirs = positions[layer, head], recorded[layer, head]
+        index[layer, head] = _locate(number, layer, head, places, theirs)
+        odd = _difference(selection.index[layer, head], index[layer, head], len(places))
         if len(odd) == 0:
             continue
         differing += 1
         gaps = (selection.scores[layer, head, odd] - selection.edge[layer, head]).abs()
+        # Protected candidates score infinity; without contested ones the edge does, too.
         worst = float(gaps.nan_to_num(nan=torch.inf).max())
-        if worst > tolerance:
-            places = positions[layer, head, odd].tolist()
-            raise RoundMismatch(number, layer, head, worst, f"sets differ at positions {places}")
+        if not worst <= tolerance:
+            detail = f"sets differ at positions {places[odd].tolist()}"
+            raise RoundMismatch(number, layer, head, worst, detail)
     return index, differing
 
 

@@ -1,0 +1,75 @@
+"""Requests with their own policy, and what the tests compare of the answers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.conftest import Running
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: prompt token ids, output length and settings of its own."""
+
+    prompt: list[int]
+    tokens: int
+    policy: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    ask: Ask
+    rid: str
+    ids: list[int]
+    logprobs: np.ndarray
+    text: str
+    meta: dict[str, Any]
+
+
+def tokens_of(text: str) -> list[int]:
+    """The tiny models' tokenizer has one token per byte."""
+    return list(text.encode())
+
+
+def send(running: Running, ask: Ask) -> Answer:
+    rid = uuid.uuid4().hex
+    params = {
+        "max_new_tokens": ask.tokens,
+        "temperature": ask.temperature,
+        "ignore_eos": True,
+        **ask.extra,
+    }
+    if ask.policy:
+        params["custom_params"] = {"kv_policy": ask.policy}
+    body = running.server.generate(
+        input_ids=ask.prompt, sampling_params=params, rid=rid, return_logprob=True
+    )
+    pairs = body["meta_info"]["output_token_logprobs"]
+    return Answer(
+        ask,
+        rid,
+        [token for _, token, _ in pairs],
+        np.array([logprob for logprob, _, _ in pairs]),
+        body["text"],
+        body["meta_info"],
+    )
+
+
+def send_all(running: Running, asks: Sequence[Ask]) -> list[Answer]:
+    """All at once, so that they share batches."""
+    with ThreadPoolExecutor(len(asks)) as pool:
+        return list(pool.map(lambda ask: send(running, ask), asks))
+
+
+def recorded_rounds(folder: Path, rid: str) -> list[np.ndarray]:
+    """Kept logical positions of each round of a request, as the server chose them."""
+    return [np.load(path)["kept"] for path in sorted(folder.glob(f"{rid}-*.npz"))]

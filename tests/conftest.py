@@ -1,0 +1,112 @@
+"""Models and servers, each made once; tests are ordered so that few servers live at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.server import Server
+from bench.tiny_models import make_model, make_stats
+from tests.setups import BUDGET, INTERVAL, SETUPS, Setup
+
+PROBE = Path(__file__).parent / "probe"
+
+
+class Running:
+    """A server of the tests, with what they need to judge it."""
+
+    def __init__(self, name: str, server: Server, model: Path, folder: Path) -> None:
+        self.name = name
+        self.setup: Setup = SETUPS[name]
+        self.server = server
+        self.model = model
+        self.stats = model / "stats.pt"
+        self.trace = folder / "trace"
+        self.probe = folder / "probe"
+
+
+class Servers:
+    """Starts a server when it is asked for, and the next one in the background meanwhile."""
+
+    def __init__(self, folder: Path, sequence: list[str]) -> None:
+        self._folder = folder
+        self._sequence = sequence
+        self._models: dict[str, Path] = {}
+        self._running: dict[str, Running] = {}
+
+    def get(self, name: str) -> Running:
+        upcoming = self._sequence[self._sequence.index(name) + 1 :][:1]
+        for other in set(self._running) - {name, *upcoming}:
+            self._running.pop(other).server.stop()
+        running = self._start(name)
+        running.server.wait_until_ready()
+        for following in upcoming:
+            self._start(following)
+        return running
+
+    def stop(self) -> None:
+        for running in self._running.values():
+            running.server.stop()
+
+    def model(self, kind: str) -> Path:
+        if kind not in self._models:
+            path = make_model(kind, self._folder / kind)
+            make_stats(path, path / "stats.pt")
+            self._models[kind] = path
+        return self._models[kind]
+
+    def _start(self, name: str) -> Running:
+        if name not in self._running:
+            setup = SETUPS[name]
+            folder = self._folder / name
+            folder.mkdir()
+            model = self.model(setup.kind)
+            arguments = list(setup.arguments)
+            if setup.policy:
+                arguments += ["--kv-policy", "triattention", "--kv-stats", str(model / "stats.pt")]
+                arguments += ["--kv-budget", str(BUDGET), "--kv-interval", str(INTERVAL)]
+            environment = {
+                "SGLANG_KV_POLICY_PER_REQUEST": "1",
+                "SGLANG_KV_POLICY_TRACE": str(folder / "trace"),
+                "KV_PROBE_FOLDER": str(folder / "probe"),
+                "PYTHONPATH": os.pathsep.join([str(PROBE), os.environ.get("PYTHONPATH", "")]),
+                **setup.environment,
+            }
+            server = Server(model, arguments, folder / "log", environment)
+            self._running[name] = Running(name, server, model, folder)
+        return self._running[name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cheap tests first, then server by server."""
+    names = list(SETUPS)
+    items.sort(key=lambda item: -1 if (name := server_name(item)) is None else names.index(name))
+
+
+def server_name(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("server")
+
+
+@pytest.fixture(scope="session")
+def servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Servers]:
+    used = {server_name(item) for item in request.session.items}
+    pool = Servers(tmp_path_factory.mktemp("servers"), [name for name in SETUPS if name in used])
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, servers: Servers) -> Running:
+    return servers.get(request.param)
+
+
+@pytest.fixture(scope="session")
+def stock_answers() -> dict[str, object]:
+    """What the stock server answered; its tests run first and fill it."""
+    return {}

@@ -1,0 +1,67 @@
+"""A plugin of the tests' own that looks into the scheduler's pool, independent of the project.
+
+It answers when a file named `ask` appears in `$KV_PROBE_FOLDER`: digests of the slots that the
+radix tree owns, and the most slots that were ever in use. Lengths come from the allocator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+_peak = {"used": 0}
+
+
+def load() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    prefix = "sglang.srt.managers."
+    HookRegistry.register(
+        prefix + "schedule_batch.ScheduleBatch.prepare_for_decode", _watch, HookType.AFTER
+    )
+    HookRegistry.register(
+        prefix + "scheduler.Scheduler.process_input_requests", _answer, HookType.AFTER
+    )
+
+
+def _watch(result, batch):
+    allocator = batch.token_to_kv_pool_allocator
+    _peak["used"] = max(_peak["used"], allocator.size - allocator.available_size())
+
+
+def _answer(result, scheduler, requests):
+    folder = Path(os.environ["KV_PROBE_FOLDER"])
+    if not (folder / "ask").exists():
+        return
+    report = {
+        "peak_used": _peak["used"],
+        "tree": _tree_digests(scheduler),
+        "free": scheduler.token_to_kv_pool_allocator.available_size(),
+        "size": scheduler.token_to_kv_pool_allocator.size,
+    }
+    _peak["used"] = 0
+    partial = folder / "partial"
+    partial.write_text(json.dumps(report))
+    (folder / "ask").unlink()
+    partial.rename(folder / "answer")
+
+
+def _tree_digests(scheduler):
+    """Digest of K and V of every slot in the tree, by the tokens that lead to it."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    digests = {}
+    todo = [(scheduler.tree_cache.root_node, "")]
+    while todo:
+        node, path = todo.pop()
+        for child in node.children.values():
+            tokens = path
+            for token, slot in zip(child.key.token_ids, child.value.tolist(), strict=True):
+                tokens = hashlib.sha1(f"{tokens} {token}".encode()).hexdigest()
+                content = hashlib.sha1()
+                for buffer in (*pool.k_buffer, *pool.v_buffer):
+                    content.update(buffer[slot].contiguous().numpy().tobytes())
+                digests[tokens] = [slot, content.hexdigest()]
+            todo.append((child, tokens))
+    return digests

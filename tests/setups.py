@@ -1,0 +1,66 @@
+"""The servers that the tests talk to, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BUDGET, INTERVAL = 48, 24
+PAGE_4 = ("--page-size", "4")
+SYNC = ("--disable-overlap-schedule",)
+# SGLang checks its pool after every step: used + free + cached slots must make the whole.
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+COMMON = (
+    *("--max-total-tokens", "8192", "--chunked-prefill-size", "128"),
+    *("--decode-log-interval", "1"),
+)
+    "--max-total-tokens",
+    "8192",
+    "--decode-log-interval",
+    "1",
+    "--chunked-prefill-size",
+    "128",
+)
+FUZZ = (
+    *("--enable-priority-scheduling", "--max-total-tokens", "1536", "--max-running-requests", "12"),
+    *("--chunked-prefill-size", "64"),
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One server.
+
+    Attributes:
+        kind: which tiny model it serves.
+        arguments: beside the model and, where it has one, the policy.
+        policy: whether the policy is on.
+        environment: added to the tests' own.
+    """
+
+    kind: str = "qwen3"
+    arguments: tuple[str, ...] = COMMON
+    policy: bool = True
+    environment: dict[str, str] = field(default_factory=lambda: dict(STRICT))
+
+    @property
+    def page_size(self) -> int:
+        return 4 if "--page-size" in self.arguments else 1
+
+
+_RETRACT = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+
+# In the order in which the tests use them, so that each is started once.
+SETUPS = {
+    "stock": Setup(policy=False, environment={"SGLANG_PLUGINS": "sglang_tri_cpu"}),
+    "page1-overlap": Setup(),
+    "page1-sync": Setup(arguments=(*COMMON, *SYNC)),
+    "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4)),
+    "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC)),
+    "llama3": Setup(kind="llama3"),
+    "yarn": Setup(kind="yarn"),
+    "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
+    "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4), environment=_RETRACT),
+}

@@ -1,0 +1,164 @@
+"""The CPU platform: when it takes over, and what it tells SGLang."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.platforms.interface import SRTPlatform
+
+from sglang_tri.patches import cpu_platform
+from sglang_tri.patches.cpu_platform import TorchCpuPlatform, activate
+
+NAME = "sglang_tri.patches.cpu_platform.TorchCpuPlatform"
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine on which torch sees no accelerator, whatever this one has."""
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    return monkeypatch
+
+
+def test_active_without_an_accelerator(bare: pytest.MonkeyPatch) -> None:
+    assert activate() == NAME
+    bare.setenv("SGLANG_USE_CPU_ENGINE", "0")
+    assert activate() == NAME
+
+
+def test_gives_way_to_the_cpu_engine(bare: pytest.MonkeyPatch) -> None:
+    bare.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert activate() is None
+
+
+@pytest.mark.parametrize("module", [torch.cuda, torch.accelerator])
+def test_gives_way_to_an_accelerator(bare: pytest.MonkeyPatch, module: object) -> None:
+    bare.setattr(module, "is_available", lambda: True)
+    assert activate() is None
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
+@pytest.mark.parametrize(
+    ("engine", "expected"), [("0", "TorchCpuPlatform True cpu"), ("1", "CpuSRTPlatform False cpu")]
+)
+def test_sglang_resolves_it_through_the_entry_point(engine: str, expected: str) -> None:
+    code = (
+        "from sglang.srt.platforms import current_platform as p;"
+        "print(type(p).__name__, p.is_out_of_tree(), p.get_device(None))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"SGLANG_USE_CPU_ENGINE": engine, "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\n")[-2] == expected
+
+
+def _server_args(model_dtype: torch.dtype = torch.float16, **given: object) -> SimpleNamespace:
+    """What the platform reads of ServerArgs, after SGLang's own CPU defaults."""
+    config = SimpleNamespace(dtype=model_dtype)
+    unset = {
+        "attention_backend": "intel_amx",
+        "dtype": "auto",
+        "max_total_tokens": None,
+        "mem_fraction_static": None,
+        "sleep_on_idle": False,
+        "grammar_backend": None,
+    }
+    return SimpleNamespace(**{**unset, **given}, get_model_config=lambda: config)
+
+
+def test_defaults_let_a_bare_command_line_work() -> None:
+    args = _server_args()
+    TorchCpuPlatform().apply_server_args_defaults(args)
+    assert args.attention_backend == "torch_native"
+    assert args.dtype == "float32"
+    assert args.get_model_config().dtype == torch.float32
+    assert args.max_total_tokens == cpu_platform.DEFAULT_MAX_TOTAL_TOKENS
+    assert args.mem_fraction_static is None
+    assert args.sleep_on_idle
+    assert args.grammar_backend == "llguidance"
+
+
+def test_bfloat16_models_stay_as_they_are() -> None:
+    args = _server_args(model_dtype=torch.bfloat16)
+    TorchCpuPlatform().apply_server_args_defaults(args)
+    assert args.dtype == "auto"
+    assert args.get_model_config().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_backend": "triton"},
+        {"dtype": "float16"},
+        {"max_total_tokens": 128},
+        {"mem_fraction_static": 0.5},
+        {"grammar_backend": "outlines"},
+    ],
+)
+def test_explicit_flags_win(given: dict[str, object]) -> None:
+    args = _server_args(**given)
+    TorchCpuPlatform().apply_server_args_defaults(args)
+    assert {name: getattr(args, name) for name in given} == given
+    if "mem_fraction_static" in given:
+        assert args.max_total_tokens is None
+
+
+def test_refuses_grammars_that_would_kill_the_server() -> None:
+    with pytest.raises(ValueError, match="llguidance"):
+        TorchCpuPlatform().apply_server_args_defaults(_server_args(grammar_backend="xgrammar"))
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (3, 1), (4, 2), (16, 14)])
+def test_threads_leave_cores_for_the_other_processes(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    TorchCpuPlatform().init_backend()
+    assert chosen == [threads]
+
+
+def test_omp_num_threads_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail(f"set {n} threads"))
+    TorchCpuPlatform().init_backend()
+
+
+def test_answers_of_the_platform() -> None:
+    platform = TorchCpuPlatform()
+    assert isinstance(platform, SRTPlatform)
+    assert platform.is_out_of_tree()
+    assert not platform.is_cpu()  # SGLang's CPU engine is something else
+    assert platform.device_type == "cpu"
+    assert platform.get_default_attention_backend() == "torch_native"
+    assert platform.get_torch_distributed_backend_str() == "gloo"
+    assert platform.get_dispatch_key_name() == "native"
+    assert not platform.support_cuda_graph()
+    assert not platform.support_piecewise_cuda_graph()
+    assert not platform.is_pin_memory_available()
+    free, total = platform.get_available_memory()
+    assert 0 < free < total == platform.get_device_total_memory()
+
+
+def test_pools_are_the_stock_ones() -> None:
+    platform = TorchCpuPlatform()
+    assert platform.get_mha_kv_pool_cls().__name__ == "MHATokenToKVPool"
+    assert platform.get_mla_kv_pool_cls().__name__ == "MLATokenToKVPool"
+    make = platform.get_paged_allocator_cls()
+    allocator = make(
+        64, page_size=4, dtype=torch.float32, device="cpu", kvcache=None, need_sort=False
+    )
+    assert isinstance(allocator, PagedTokenToKVPoolAllocator)
+    assert allocator.available_size() == 64
