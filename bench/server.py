@@ -45,6 +45,7 @@ class Server:
         self.log = log
         self.url = f"http://127.0.0.1:{free_port()}"
         self._on_wait = on_wait
+        self._ready = False
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1], *arguments]
         with log.open("wb") as output:
@@ -79,13 +80,14 @@ class Server:
             ServerFailed: it ended, or was not ready in time.
         """
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not self._answers():
+        while not self._ready and not self._answers():
             if self._process.poll() is not None:
                 raise ServerFailed(f"the server ended while it started:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise ServerFailed(f"the server was not ready in time:\n{self.log_tail()}")
             self._on_wait()
             time.sleep(0.5)
+        self._ready = True
 
     def _answers(self) -> bool:
         try:

@@ -61,8 +61,17 @@ class TorchCpuPlatform(CpuSRTPlatform):
 
         Raises:
             ValueError: `--grammar-backend xgrammar`, which kills the server on the first request
-                that needs it: SGLang applies its masks on accelerators only.
+                that needs it (SGLang applies its masks on accelerators only), or
+                `--enable-torch-compile`, which `init_backend` rules out.
         """
+        if server_args.grammar_backend == "xgrammar":
+            raise ValueError(
+                "SGLang cannot use xgrammar on a CPU: pass --grammar-backend llguidance"
+            )
+        if server_args.enable_torch_compile:
+            raise ValueError(
+                "this platform runs without torch.compile: drop --enable-torch-compile"
+            )
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = "torch_native"
         model_config = server_args.get_model_config()
@@ -80,11 +89,16 @@ class TorchCpuPlatform(CpuSRTPlatform):
             )
 
     def init_backend(self) -> None:
-        """Set torch's thread count in a process that runs a model; OMP_NUM_THREADS overrides.
+        """Set up torch in a process that runs a model: thread count, and no compilation.
 
-        Every core but those that the server's other processes need: at the end of each parallel
-        operation all threads wait for one whose core was taken away, milliseconds at a time.
+        Threads take every core but those that the server's other processes need: at the end of
+        each parallel operation all of them wait for one whose core was taken away, milliseconds
+        at a time. OMP_NUM_THREADS overrides.
+
+        Functions that SGLang and llguidance hand to `torch.compile` (masks, penalties) run as
+        they are: compiling one takes half a minute, in the middle of serving, and a C++ compiler.
         """
+        torch.compiler.set_stance("force_eager")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() - OTHER_PROCESSES))
 

@@ -16,13 +16,6 @@ COMMON = (
     *("--max-total-tokens", "8192", "--chunked-prefill-size", "128"),
     *("--decode-log-interval", "1"),
 )
-    "--max-total-tokens",
-    "8192",
-    "--decode-log-interval",
-    "1",
-    "--chunked-prefill-size",
-    "128",
-)
 FUZZ = (
     *("--enable-priority-scheduling", "--max-total-tokens", "1536", "--max-running-requests", "12"),
     *("--chunked-prefill-size", "64"),

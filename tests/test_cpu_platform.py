@@ -72,6 +72,7 @@ def _server_args(model_dtype: torch.dtype = torch.float16, **given: object) -> S
         "mem_fraction_static": None,
         "sleep_on_idle": False,
         "grammar_backend": None,
+        "enable_torch_compile": False,
     }
     return SimpleNamespace(**{**unset, **given}, get_model_config=lambda: config)
 
@@ -113,27 +114,49 @@ def test_explicit_flags_win(given: dict[str, object]) -> None:
         assert args.max_total_tokens is None
 
 
-def test_refuses_grammars_that_would_kill_the_server() -> None:
-    with pytest.raises(ValueError, match="llguidance"):
-        TorchCpuPlatform().apply_server_args_defaults(_server_args(grammar_backend="xgrammar"))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"grammar_backend": "xgrammar"}, "--grammar-backend llguidance"),
+        ({"enable_torch_compile": True}, "drop --enable-torch-compile"),
+    ],
+)
+def test_refuses_what_would_fail_while_serving(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TorchCpuPlatform().apply_server_args_defaults(_server_args(**given))
+
+
+@pytest.fixture
+def chosen_threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Thread counts that the platform sets; this process stays as it is."""
+    chosen: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
+    return chosen
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (3, 1), (4, 2), (16, 14)])
 def test_threads_leave_cores_for_the_other_processes(
-    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+    monkeypatch: pytest.MonkeyPatch, chosen_threads: list[int], cores: int, threads: int
 ) -> None:
-    chosen: list[int] = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     TorchCpuPlatform().init_backend()
-    assert chosen == [threads]
+    assert chosen_threads == [threads]
 
 
-def test_omp_num_threads_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omp_num_threads_wins(monkeypatch: pytest.MonkeyPatch, chosen_threads: list[int]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail(f"set {n} threads"))
     TorchCpuPlatform().init_backend()
+    assert chosen_threads == []
+
+
+@pytest.mark.usefixtures("chosen_threads")
+def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    stances: list[str] = []
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+    TorchCpuPlatform().init_backend()
+    assert stances == ["force_eager"]
 
 
 def test_answers_of_the_platform() -> None:

@@ -102,8 +102,11 @@ def test_what_enters_the_tree(server: Running) -> None:
         first = send(server, Ask(prompt, tokens))
         assert ("kv_policy" in first.meta) == evicted
         again = send(server, Ask(prompt + first.ids + tokens_of("next"), 4))
-        whole = len(prompt) + (0 if evicted else len(first.ids) - 1)
-        assert again.meta["cached_tokens"] == whole // page * page
+        if evicted:
+            wholes = {len(prompt)}
+        else:  # With overlap, the step that feeds the last token was already under way.
+            wholes = {len(prompt) + len(first.ids) - late for late in (0, 1)}
+        assert again.meta["cached_tokens"] in {whole // page * page for whole in wholes}
 
 
 @OVERLAP

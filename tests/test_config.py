@@ -1,0 +1,70 @@
+"""Settings: one list of flags behind the command line and the Python API; bad ones are refused."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from sglang_tri import config
+from sglang_tri.config import KvPolicyConfig
+from sglang_tri.errors import KvPolicyError
+
+
+def parse(*argv: str) -> KvPolicyConfig:
+    parser = argparse.ArgumentParser()
+    config.add_arguments(parser)
+    return config.from_namespace(parser.parse_args(argv))
+
+
+def test_defaults() -> None:
+    settings = parse()
+    assert settings == KvPolicyConfig()
+    assert not settings.enabled
+    assert not settings.explicit
+
+
+def test_command_line_and_keywords_agree() -> None:
+    argv = "--kv-policy streaming --kv-budget 64 --kv-interval 32 --kv-recent 8 --kv-sinks 2"
+    flags = parse(*argv.split(), "--kv-eviction-mode", "union", "--no-kv-normalize")
+    keywords = {
+        "kv_policy": "streaming",
+        "kv_budget": 64,
+        "kv_interval": 32,
+        "kv_recent": 8,
+        "kv_sinks": 2,
+        "kv_eviction_mode": "union",
+        "kv_normalize": False,
+    }
+    assert flags == KvPolicyConfig.from_keywords(keywords)
+    assert KvPolicyConfig.from_dict(flags.to_dict()) == flags
+    assert flags.explicit == {name.removeprefix("kv_") for name in keywords}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget": 0}, ["--kv-budget 0", "1 or more"]),
+        ({"interval": 0}, ["--kv-interval 0", "1 or more"]),
+        ({"recent": -1}, ["--kv-recent -1"]),
+        ({"budget": 8, "recent": 9}, ["--kv-recent 9", "--kv-budget 8"]),
+        ({"interval": 8, "recent": 9}, ["--kv-recent 9", "--kv-interval 8"]),
+        ({"policy": "streaming", "budget": 20, "sinks": 21}, ["--kv-sinks 21", "--kv-budget 20"]),
+        ({"policy": "snapkv"}, ["--kv-policy 'snapkv'", "triattention, streaming"]),
+        ({"eviction_mode": "all"}, ["--kv-eviction-mode 'all'", "union"]),
+        ({"budget": 1.5}, ["--kv-budget 1.5", "int"]),
+        ({"normalize": 1}, ["--kv-normalize 1", "bool"]),
+    ],
+)
+def test_refused(settings: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(KvPolicyError) as error:
+        KvPolicyConfig(**settings)
+    assert all(words in str(error.value) for words in said), str(error.value)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(KvPolicyError, match="kv_bugdet"):
+        KvPolicyConfig.from_keywords({"kv_bugdet": 5})
+    with pytest.raises(KvPolicyError, match="bugdet"):
+        KvPolicyConfig().with_overrides({"bugdet": 5})

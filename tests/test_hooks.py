@@ -1,0 +1,110 @@
+"""Hooks: one table, verified when installed, and nothing but the flags without a policy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_tri.config import KvPolicyConfig
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.patches import flags, hooks, launch, table
+from sglang_tri.patches.hooks import BEFORE, Hook
+
+TARGET = "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem"
+
+
+def hook(target: str = TARGET, parameters: tuple[str, ...] = ("self",)) -> Hook:
+    return Hook("test", target, BEFORE, lambda *args, **kwargs: None, parameters, "test")
+
+
+@pytest.mark.parametrize("row", table.TABLE, ids=lambda row: row.target.rsplit(".", 1)[-1])
+def test_every_hook_fits_this_sglang(row: Hook) -> None:
+    assert hooks.probe(row) == ""
+
+
+def test_a_missing_or_changed_target_is_named() -> None:
+    assert "no_such_method" in hooks.probe(
+        hook(TARGET.replace("check_decode_mem", "no_such_method"))
+    )
+    assert "no_such_module" in hooks.probe(hook("sglang.srt.no_such_module.f"))
+    assert "expected ('self', 'renamed')" in hooks.probe(hook(parameters=("self", "renamed")))
+    with pytest.raises(KvPolicyError, match="sglang-tri doctor"):
+        hooks.install([hook(parameters=("renamed",))])
+
+
+def run(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_without_a_policy_only_the_flags_are_hooked(servers: object) -> None:
+    model = servers.model("qwen3")  # type: ignore[attr-defined]
+    code = f"""
+import json
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import prepare_server_args
+load_plugins()
+args = prepare_server_args(["--model-path", {str(model)!r}, "--kv-policy", "none"])
+from sglang_tri.patches import hooks, table
+installed = [hook.stage for hook in table.TABLE if hooks.is_installed(hook)]
+attributes = [name for name in vars(args) if "kv_policy" in name]
+print(json.dumps([sorted(set(installed)), len(installed), attributes]))
+"""
+    stages, count, attributes = json.loads(run(code))
+    assert stages == [table.ENTRY]
+    assert count == sum(row.stage == table.ENTRY for row in table.TABLE)
+    assert attributes == []
+
+
+def test_a_hook_that_is_not_applied_is_noticed() -> None:
+    """SGLang skips a target that another plugin has already had patched, without an error."""
+    code = f"""
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+HookRegistry.register({TARGET!r}, lambda *a, **k: None, HookType.BEFORE)
+HookRegistry.apply_hooks()
+from sglang_tri.patches import table
+try:
+    table.install_stage(table.SCHEDULER)
+except ValueError as error:
+    print(error)
+"""
+    said = run(code)
+    assert "check_decode_mem: was not replaced" in said
+
+
+def test_a_scheduler_without_the_policy_is_noticed() -> None:
+    server_args = SimpleNamespace()
+    info = {"status": "ready"}
+    launched = (None, None, None, SimpleNamespace(scheduler_infos=[info]))
+    launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
+    vars(server_args)[flags._ATTRIBUTE] = KvPolicyConfig(policy="streaming").to_dict()
+    with pytest.raises(RuntimeError, match="not active in the scheduler"):
+        launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
+    info["kv_policy"] = {"policy": "streaming"}  # type: ignore[assignment]
+    launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
+
+
+def test_doctor(tmp_path: Path, servers: object) -> None:
+    model = servers.model("qwen3")  # type: ignore[attr-defined]
+    doctor = [str(Path(sys.executable).with_name("sglang-tri")), "doctor"]
+    well = subprocess.run(doctor, capture_output=True, text=True, timeout=300, check=False)
+    assert well.returncode == 0, well.stdout + well.stderr
+    assert "sglang 0.5.17" in well.stdout
+    assert "TorchCpuPlatform" in well.stdout
+    assert well.stdout.count("ok ") == len(table.TABLE)
+    ill = subprocess.run(
+        [*doctor, "--model-path", str(model), "--kv-policy", "triattention"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ill.returncode == 1
+    assert "--kv-stats FILE" in ill.stdout

@@ -1,0 +1,157 @@
+"""Every refusal in the tables is reachable, says what to do, and stands in the README."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_tri.config import KvPolicyConfig
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.patches import refusals
+from sglang_tri.patches.refusals import MODEL_CONFIG, SERVER_ARGS, Refusal
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+OFFENDING_ARGS: dict[str, dict[str, Any]] = {
+    "speculative decoding": {"speculative_algorithm": "EAGLE"},
+    "PD disaggregation": {"disaggregation_mode": "prefill"},
+    "hierarchical cache": {"enable_hierarchical_cache": True},
+    "LMCache": {"enable_lmcache": True},
+    "FlexKV": {"enable_flexkv": True},
+    "external radix cache": {"radix_cache_backend": "mine"},
+    "KV events": {"kv_events_config": "{}"},
+    "streaming sessions": {"enable_streaming_session": True},
+    "session radix cache": {"enable_session_radix_cache": True},
+    "mixed chunk": {"enable_mixed_chunk": True},
+    "pipeline parallelism": {"pp_size": 2},
+    "tensor parallelism": {"tp_size": 2},
+    "DP attention": {"enable_dp_attention": True},
+    "decode context parallelism": {"dcp_size": 2},
+    "attention context parallelism": {"attn_cp_size": 2},
+    "Ray": {"use_ray": True},
+    "several tokenizer workers": {"tokenizer_worker_num": 2},
+    "PD multiplexing": {"enable_pdmux": True},
+    "two-batch overlap": {"enable_two_batch_overlap": True},
+    "unified memory pool": {"enable_unified_memory": True},
+    "HiSparse": {"enable_hisparse": True},
+    "page-major KV layout": {"enable_page_major_kv_layout": True},
+    "diffusion language models": {"dllm_algorithm": "LowConfidence"},
+    "KV canary": {"kv_canary": "log"},
+    "routed experts": {"enable_return_routed_experts": True},
+    "indexer top-k": {"enable_return_indexer_topk": True},
+    "FP4 or MXFP8 KV cache": {"kv_cache_dtype": "mxfp8"},
+    "embedding models": {"is_embedding": True},
+}
+OFFENDING_ENVIRONMENT = {
+    "HND KV pool": "SGLANG_USE_HND_KVCACHE",
+    "C++ radix tree": "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
+}
+
+
+@pytest.fixture(scope="module")
+def server_args(servers: Any) -> Any:
+    from sglang.srt.server_args import ServerArgs
+
+    return ServerArgs(model_path=str(servers.model("qwen3")), device="cpu")
+
+
+def refused(refusal: Refusal, subject: Any) -> str:
+    with pytest.raises(KvPolicyError) as error:
+        refusal.check(subject)
+    message = str(error.value)
+    assert refusal.feature in message
+    assert refusal.reason in message
+    assert refusal.recipe in message
+    return message
+
+
+def test_a_plain_server_is_not_refused(server_args: Any) -> None:
+    refusals.check_server_args(server_args)
+    refusals.check_model_config(server_args.get_model_config())
+
+
+@pytest.mark.parametrize("refusal", SERVER_ARGS, ids=lambda row: row.feature)
+def test_server_args(refusal: Refusal, server_args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if refusal.feature in OFFENDING_ENVIRONMENT:
+        name = OFFENDING_ENVIRONMENT[refusal.feature]
+        monkeypatch.setenv(name, "1")
+        assert f"{name}=1" in refused(refusal, server_args)
+        return
+    for name, value in OFFENDING_ARGS[refusal.feature].items():
+        monkeypatch.setitem(vars(server_args), name, value)
+        message = refused(refusal, server_args)
+        assert "--" + name.replace("_", "-") in message
+        assert value is True or str(value) in message
+
+
+def offending_models(config: Any) -> dict[str, dict[str, Any]]:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    def text_config(**values: Any) -> Any:
+        return type(config)(**{**config.to_dict(), **values})
+
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    chunked = text_config()
+    chunked.dual_chunk_attention_config = {"chunk_size": 64}
+    layers = config.num_hidden_layers
+    linear = text_config()
+    linear.layer_types = ["linear_attention"] * layers
+    return {
+        "encoder-decoder": {"is_encoder_decoder": True},
+        "M-RoPE": {"model_is_mrope": True},
+        "multimodal": {"is_multimodal": True},
+        "MLA": {"attention_arch": AttentionArch.MLA},
+        "sliding window": {
+            "hf_text_config": text_config(layer_types=["sliding_attention"] * layers)
+        },
+        "hybrid SSM": {"hf_text_config": linear},
+        "dual-chunk attention": {"hf_config": chunked},
+        "local attention": {"is_local_attention_model": True},
+        "other RoPE types": {
+            "hf_text_config": text_config(rope_parameters=dynamic, rope_scaling=dynamic)
+        },
+    }
+
+
+@pytest.mark.parametrize("refusal", MODEL_CONFIG, ids=lambda row: row.feature)
+def test_models(refusal: Refusal, server_args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = server_args.get_model_config()
+    for name, value in offending_models(model.hf_text_config)[refusal.feature].items():
+        monkeypatch.setattr(model, name, value)
+    refused(refusal, model)
+
+
+def test_unknown_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.99")
+    with pytest.raises(KvPolicyError, match=r"0\.5\.99.*--kv-allow-untested-sglang"):
+        refusals.check_version(KvPolicyConfig())
+    refusals.check_version(KvPolicyConfig(allow_untested_sglang=True))
+
+
+def test_the_readme_lists_them_all() -> None:
+    text = README.read_text()
+    for refusal in (*SERVER_ARGS, *MODEL_CONFIG):
+        assert f"| {refusal.feature} |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kv-policy", "streaming", "--enable-mixed-chunk"], "--enable-mixed-chunk"),
+        (["--kv-policy", "triattention", "--kv-stats", "/no/such.pt"], "/no/such.pt"),
+        (["--kv-policy", "streaming", "--kv-budget", "0"], "--kv-budget 0"),
+    ],
+)
+def test_the_real_command_line(servers: Any, arguments: list[str], said: str) -> None:
+    """Refused before anything is loaded: one line, non-zero exit."""
+    command = [sys.executable, "-m", "sglang.launch_server"]
+    command += ["--model-path", str(servers.model("qwen3")), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode != 0
+    assert said in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert "Load weight" not in result.stderr + result.stdout
