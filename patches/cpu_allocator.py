@@ -75,7 +75,7 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
             the free pages do not suffice; nothing is taken then.
         """
         ps = self.page_size
-        if self.debug_mode and not torch.equal((last_loc + 1) % ps, prefix_lens % ps):
+        if self.debug_mode and ((last_loc + 1) % ps != prefix_lens % ps).any():
             raise ValueError("last_loc does not match prefix_lens")
         # The parent merges on this estimate, an upper bound; the page order depends on it.
         if self.need_sort and extend_num_tokens // ps + len(prefix_lens) + 1 > len(self.free_pages):
@@ -98,9 +98,8 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
         # A token lies either in the request's old last page or in one of its new pages.
         page = position // ps - pages_before[owner]
         first_page = (new_pages.cumsum(0) - new_pages)[owner]
-        in_old = page < 0
         out = (last_loc.to(torch.int64) - prefix_lens + 1)[owner] + position
-        fresh = ~in_old
+        fresh = page >= 0
         out[fresh] = taken[(first_page + page)[fresh]] * ps + position[fresh] % ps
         return self._checked(out)
 
@@ -121,7 +120,7 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
             int64 [batch], or None when the free pages do not suffice; nothing is taken then.
         """
         ps = self.page_size
-        if self.debug_mode and not torch.equal((last_loc + 2) % ps, seq_lens % ps):
+        if self.debug_mode and ((last_loc + 2) % ps != seq_lens % ps).any():
             raise ValueError("last_loc does not match seq_lens")
         if self.need_sort and len(seq_lens) > len(self.free_pages):
             self.merge_and_sort_free()

@@ -83,10 +83,6 @@ class TorchCpuPlatform(CpuSRTPlatform):
         server_args.sleep_on_idle = True
         if server_args.grammar_backend is None:
             server_args.grammar_backend = "llguidance"
-        elif server_args.grammar_backend == "xgrammar":
-            raise ValueError(
-                "SGLang cannot use xgrammar on a CPU: pass --grammar-backend llguidance"
-            )
 
     def init_backend(self) -> None:
         """Set up torch in a process that runs a model: thread count, and no compilation.

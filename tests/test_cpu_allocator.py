@@ -198,7 +198,8 @@ def test_out_of_memory_takes_nothing() -> None:
     assert driver.decode([0]) is None
 
 
-def test_rows_of_int32_slots_give_int64_slots() -> None:
+def test_rows_of_int32_slots_give_int64_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_DEBUG_MEMORY_POOL", "1")
     allocator = _new(_torch_allocator(), 4, False)
     lens, last = torch.tensor([2]), torch.tensor([5], dtype=torch.int32)
     out = allocator.alloc_extend(lens, lens, lens + 4, lens + 4, last, 4)

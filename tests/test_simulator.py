@@ -40,7 +40,7 @@ KINDS = ("qwen3", "llama3", "yarn")
 MODES = ("per-head", "per-layer-per-head", "union")
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 4, 2, 32
 PROMPT = list(calibration_text(37, seed=3).encode())
-TEXT = list(calibration_text(400, seed=4).encode())
+TEXT = list(calibration_text(600, seed=4).encode())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +87,7 @@ def qwen3(folder: Path) -> Oracle:
 
 
 def reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
 
 
 def hf_logits(model: Any, output: list[int]) -> Any:
@@ -98,17 +98,27 @@ def hf_logits(model: Any, output: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "linear"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_without_eviction_it_is_transformers(folder: Path, kind: str, dtype: torch.dtype) -> None:
-    oracle, output = Oracle(folder / kind, dtype=dtype), TEXT[:300]
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_without_eviction_it_is_transformers(
+    folder: Path, kind: str, dtype: torch.dtype, error: float
+) -> None:
+    oracle, output = Oracle(folder / kind, dtype=dtype), TEXT[:560]
     replay = oracle.replay(PROMPT, output, NoEviction(), keep_logits=True)
-    expected = hf_logits(reference(folder / kind, dtype), output)
-    assert np.abs(replay.logits - expected).max() < 1e-4
-    normal = torch.tensor(expected).log_softmax(-1).numpy()
-    assert np.abs(replay.logprobs - normal[np.arange(300), output]).max() < 1e-4
+    model = reference(folder / kind, dtype)
+    for norm in (part for part in model.modules() if hasattr(part, "variance_epsilon")):
+        # transformers' own computes in float32 whatever comes in.
+        norm.forward = partial(rms_norm, norm.weight, norm.variance_epsilon)
+    expected = hf_logits(model, output)
+    logprobs = torch.tensor(expected).log_softmax(-1).numpy()[range(560), output]
+    assert np.abs(replay.logits - expected).max() < error
+    assert np.abs(replay.logprobs - logprobs).max() < error
+    assert np.abs(replay.margins - np.diff(np.sort(expected)[:, -2:])[:, 0]).max() < error
     assert (replay.greedy == expected.argmax(-1)).all()
-    assert np.abs(replay.margins - np.diff(np.sort(expected)[:, -2:])[:, 0]).max() < 1e-4
-    assert (replay.rounds, replay.physical.tolist()) == ([], list(range(37, 337)))
+    assert (replay.rounds, replay.physical.tolist()) == ([], list(range(37, 597)))
+
+
+def rms_norm(weight: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 @pytest.mark.parametrize(("kind", "rotary"), [("partial", 16), ("partial-linear", 24)])
@@ -151,9 +161,7 @@ def masked_forward(path: Path, output: list[int], replay: Replay) -> tuple[np.nd
             with_kwargs=True,
         )
         source = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
-        source.register_forward_hook(
-            lambda _m, _i, out: keys.append(out.reshape(-1, KV_HEADS, HEAD_DIM))
-        )
+        source.register_forward_hook(lambda *io: keys.append(io[2].view(-1, KV_HEADS, HEAD_DIM)))
     return hf_logits(model, output), keys
 
 
@@ -266,8 +274,8 @@ def test_znorm_comes_before_the_maximum_over_the_group() -> None:
 )
 def test_streaming_keeps_sinks_and_last(qwen3: Oracle, page: int, kept: list[list[int]]) -> None:
     replay = qwen3.replay(PROMPT[:10], TEXT[:17], Streaming(6, 3, sinks=2), page)
-    assert [done.kept.tolist() for done in replay.rounds] == [[[row]] for row in kept]
-    assert all(done.margin == math.inf for done in replay.rounds)
+    found = [(done.kept.tolist(), done.margin) for done in replay.rounds]
+    assert found == [([[row]], math.inf) for row in kept]
 
 
 @settings(max_examples=30, deadline=None)
@@ -296,8 +304,7 @@ def test_schedule_bound_and_recents(
     last = min(5, keep - 4) if mode == "streaming" else 5
     for done in replay.rounds:
         assert done.kept.shape == (*shape, keep)
-        assert done.kept.min() >= start
-        assert (np.diff(done.kept) > 0).all()
+        assert (np.diff(done.kept, prepend=start - 1) > 0).all()
         assert (done.kept[..., -last:] == np.arange(done.length - last, done.length)).all()
 
 
@@ -348,8 +355,7 @@ def test_near_tie_follows_the_record(folder: Path) -> None:
     policy = TriAttention(8, 4, recent=2)
     own = oracle.replay(PROMPT[:10], TEXT[:16], policy)
     ties = [10, 11, 12, 13, 14, 15, 20, 21]
-    assert [done.kept.tolist() for done in own.rounds] == [[[ties, ties]]]
-    assert own.rounds[0].margin == 0.0
+    assert [(done.kept.tolist(), done.margin) for done in own.rounds] == [([[ties, ties]], 0.0)]
     other = [12, 13, 14, 15, 16, 17, 20, 21]
     followed = oracle.replay(PROMPT[:10], TEXT[:16], policy, recorded=[[[ties, other]]])
     assert followed.followed == followed.rounds[0].followed == 1
@@ -360,14 +366,6 @@ def test_near_tie_follows_the_record(folder: Path) -> None:
             oracle.replay(PROMPT[:10], TEXT[:16], policy, recorded=[[[ties, strange]]])
     with pytest.raises(RoundMismatch, match="shape"):
         oracle.replay(PROMPT[:10], TEXT[:16], policy, recorded=[[[ties]]])
-
-
-def test_chunks_are_steps_in_float64(folder: Path) -> None:
-    oracle = Oracle(folder / "yarn", folder / "yarn" / "stats.pt", dtype=torch.float64)
-    policy = TriAttention(20, 10, mode="per-layer-per-head")
-    written = oracle.generate(PROMPT, 60, policy)
-    replay = oracle.replay(PROMPT, written.output_ids.tolist(), policy)
-    np.testing.assert_allclose(written.logprobs, replay.logprobs, atol=1e-11)
 
 
 def test_what_it_cannot_do_is_refused(folder: Path, qwen3: Oracle) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,22 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from bench import tiny_models
+
 KINDS = ("qwen3", "llama3", "yarn")
 GREEDY_STEPS = 120
-
-
-def _load_tiny_models() -> ModuleType:
-    path = Path(__file__).parents[1] / "bench" / "tiny_models.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot load {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_models"] = module  # dataclasses looks its module up by name
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_models = _load_tiny_models()
 
 
 @pytest.fixture(scope="module")
