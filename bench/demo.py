@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import openai
@@ -38,11 +38,9 @@ POLICY = ["--kv-policy", "triattention", "--kv-budget", str(BUDGET), "--kv-inter
 
 
 @dataclass(frozen=True)
-class Turn:
+class Answer:
     """What one answer cost, in tokens."""
 
-    chat: int
-    turn: int
     prompt: int
     cached: int
     generated: int
@@ -50,38 +48,52 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of all chats, held at once.
+
+    Attributes:
+        answers: one for each chat.
+        peak_slots: most KV slots in use, over all chats.
+        seconds: wall-clock time.
+    """
+
+    answers: list[Answer]
+    peak_slots: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Arm:
-    """One run of all chats on one server."""
+    """All turns on one server."""
 
     name: str
     turns: list[Turn]
-    peak_slots: int
     resident_generated_max: int
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(turn.generated for turn in self.turns) / self.seconds
 
 
 def run_arm(name: str, model: Path, policy: list[str], folder: Path) -> Arm:
-    """Start a server, hold all chats at once, stop it."""
-    arguments = [*policy, "--enable-cache-report", "--decode-log-interval", str(LOG_STEPS)]
-    bar = tqdm(total=CHATS * TURNS * TOKENS, desc=f"{name}: starting", unit="tok", leave=True)
+    """Start a server, hold all chats, stop it."""
+    arguments = [*policy, "--decode-log-interval", str(LOG_STEPS)]
+    bar = tqdm(total=CHATS * TURNS * TOKENS, desc=f"{name}: starting", unit="tok")
     log = folder / f"{name}.log"
     with Server(model, arguments, log, on_wait=bar.refresh) as server, bar:
         bar.set_description(name)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=1800)
+        # From here on the radix cache holds the system prompt.
         ask(client, [{"role": "system", "content": SYSTEM}], tokens=8)
-        decode_log = DecodeLog(log)
-        began = time.monotonic()
-        with follow(decode_log, bar), ThreadPoolExecutor(CHATS) as pool:
-            chats = list(pool.map(lambda chat: hold_chat(client, chat), range(CHATS)))
-        seconds = time.monotonic() - began
+        chats = [
+            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+            for question in QUESTIONS
+        ]
+        turns = []
+        for _ in range(TURNS):
+            decode_log = DecodeLog(log)
+            began = time.monotonic()
+            with follow(decode_log, bar), ThreadPoolExecutor(CHATS) as pool:
+                answers = list(pool.map(lambda chat: take_turn(client, chat), chats))
+            turns.append(Turn(answers, decode_log.peak_slots, time.monotonic() - began))
         report = server.internal_state().get("kv_policy", {})
-    turns = [turn for chat in chats for turn in chat]
-    resident = report.get("resident_generated_max", 0)
-    return Arm(name, turns, decode_log.peak_slots, resident, seconds)
+    return Arm(name, turns, report.get("resident_generated_max", 0))
 
 
 @contextmanager
@@ -101,7 +113,6 @@ def follow(log: DecodeLog, bar: tqdm) -> Iterator[None]:
         stop.set()
         watcher.join()
         log.read_new()
-        bar.update(bar.total - bar.n)
 
 
 def ask(client: openai.OpenAI, messages: list[dict[str, str]], tokens: int) -> Choice:
@@ -116,63 +127,52 @@ def ask(client: openai.OpenAI, messages: list[dict[str, str]], tokens: int) -> C
     return answer.choices[0]
 
 
-def hold_chat(client: openai.OpenAI, chat: int) -> list[Turn]:
-    """All turns of one chat, each over the whole history."""
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTIONS[chat]}]
-    turns = []
-    for turn in range(TURNS):
-        choice = ask(client, messages, TOKENS)
-        info = choice.meta_info  # type: ignore[attr-defined]
-        prompt, cached = info["prompt_tokens"], info["cached_tokens"]
-        evicted = info.get("kv_policy", {}).get("evicted_tokens", 0)
-        turns.append(Turn(chat, turn, prompt, cached, info["completion_tokens"], evicted))
-        messages.append({"role": "assistant", "content": choice.message.content or ""})
-        messages.append({"role": "user", "content": FOLLOW_UP})
-    return turns
+def take_turn(client: openai.OpenAI, chat: list[dict[str, str]]) -> Answer:
+    """One answer over the whole history, which grows by it and by the next question."""
+    choice = ask(client, chat, TOKENS)
+    chat.append({"role": "assistant", "content": choice.message.content or ""})
+    chat.append({"role": "user", "content": FOLLOW_UP})
+    info = choice.meta_info  # type: ignore[attr-defined]
+    return Answer(
+        info["prompt_tokens"],
+        info["cached_tokens"],
+        info["completion_tokens"],
+        info.get("kv_policy", {}).get("evicted_tokens", 0),
+    )
 
 
 def print_table(arms: list[Arm]) -> None:
-    columns = (
-        "",
-        "chat",
-        "turn",
-        "prompt",
-        "cached",
-        "generated",
-        "evicted",
-        "peak slots",
-        "tok/s",
-    )
-    print("".join(f"{column:>14}" for column in columns))
+    columns = ("turn", *(field.name for field in fields(Answer)), "peak slots", "tokens/s")
+    print(f"{'':14}" + "".join(f"{column:>14}" for column in columns))
     for arm in arms:
-        for row in arm.turns:
-            cells = (row.chat + 1, row.turn + 1, row.prompt, row.cached, row.generated, row.evicted)
-            print(f"{arm.name:>14}" + "".join(f"{cell:>14}" for cell in cells))
-        totals = [sum(getattr(t, n) for t in arm.turns) for n in ("generated", "evicted")]
-        print(
-            f"{arm.name:>14}{'all':>14}{'':>42}{totals[0]:>14}{totals[1]:>14}"
-            f"{arm.peak_slots:>14}{arm.tokens_per_second:>14.0f}"
-        )
+        for number, turn in enumerate(arm.turns, 1):
+            sums = [
+                " + ".join(str(v) for v in row)
+                for row in zip(*map(astuple, turn.answers), strict=True)
+            ]
+            speed = sum(answer.generated for answer in turn.answers) / turn.seconds
+            cells = (number, *sums, turn.peak_slots, f"{speed:.0f}")
+            print(f"{arm.name:14}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 def problems(policy: Arm, stock: Arm) -> list[str]:
     """What the demo was to show and did not."""
     found = []
-    if not all(turn.evicted for turn in policy.turns):
-        found.append("an answer had no token evicted")
-    bound = CHATS * (BUDGET + INTERVAL)
-    prompts = sum(max(t.prompt for t in policy.turns if t.chat == chat) for chat in range(CHATS))
-    if policy.peak_slots > prompts + bound:
-        found.append(f"{policy.peak_slots} slots exceed {prompts} of prompts + {bound}")
     if policy.resident_generated_max > BUDGET + INTERVAL:
         found.append(f"a request held {policy.resident_generated_max} generated tokens")
-    previous: dict[int, int] = {}
-    for ours, theirs in zip(policy.turns, stock.turns, strict=True):
-        if ours.turn == 0 and ours.cached != theirs.cached:
-            found.append(f"chat {ours.chat + 1}: {ours.cached} cached, stock {theirs.cached}")
-        if ours.turn > 0 and ours.cached < previous[ours.chat]:
-            found.append(f"chat {ours.chat + 1}: lost cached tokens of its last prompt")
-        previous[ours.chat] = ours.prompt
+    previous = [0] * CHATS
+    for number, (ours, theirs) in enumerate(zip(policy.turns, stock.turns, strict=True), 1):
+        bound = sum(answer.prompt + BUDGET + INTERVAL for answer in ours.answers)
+        if ours.peak_slots > bound:
+            found.append(f"turn {number}: {ours.peak_slots} slots, more than {bound}")
+        if not all(answer.evicted for answer in ours.answers):
+            found.append(f"turn {number}: an answer had no token evicted")
+        cached = [answer.cached for answer in ours.answers]
+        if number == 1 and cached != [answer.cached for answer in theirs.answers]:
+            found.append(f"turn 1: {cached} tokens cached, other than stock")
+        if any(now < before for now, before in zip(cached, previous, strict=True)):
+            found.append(f"turn {number}: {cached} tokens cached, less than the last prompts")
+        previous = [answer.prompt for answer in ours.answers]
     return found
 
 

@@ -59,9 +59,15 @@ def compact(caches: Sequence[torch.Tensor], slots: torch.Tensor, packed: torch.T
 def _moves(
     packed: torch.Tensor, slots: torch.Tensor, kv_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Flat (target slot, source slot, head) of the rows that change place, in one layer."""
+    """(target slot, source slot, head) of the rows to copy in one layer, of equal shapes."""
     budget = packed.shape[-1]
     packed = packed.expand(-1, kv_heads, -1)
-    here = torch.arange(budget, device=packed.device)
-    request, head, place = torch.nonzero(packed != here, as_tuple=True)
-    return slots[request, place], slots[request, packed[request, head, place]], head
+    head = torch.arange(kv_heads, device=packed.device)[:, None].expand_as(packed)
+    place = torch.arange(budget, device=packed.device).expand_as(packed)
+    target = slots[:, None].expand(-1, kv_heads, -1)[..., :budget]
+    source = slots[:, None].expand(-1, kv_heads, -1).gather(-1, packed)
+    if not packed.is_cpu:
+        # Only the device knows which rows move, and asking it would be a synchronisation.
+        return target, source, head
+    moving = packed != place
+    return target[moving], source[moving], head[moving]

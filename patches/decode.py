@@ -47,7 +47,8 @@ def _shrink(batch: ScheduleBatch, due: dict[int, Due], runtime: Runtime) -> None
     _fence()
     freed = runtime.plan(due.values(), batch.req_to_token_pool.req_to_token)
     batch.token_to_kv_pool_allocator.free_segment(freed, start_pos=0)
-    cut = torch.zeros(len(batch.reqs), dtype=torch.int64)
+    pinned = batch.seq_lens.is_cuda
+    cut = torch.zeros(len(batch.reqs), dtype=torch.int64, pin_memory=pinned)
     for index, request in due.items():
         region = request.region
         adapter.set_physical_length(batch.reqs[index], region.start + region.kept)

@@ -55,9 +55,9 @@ def attach(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
         KvPolicyError: the policy cannot run with these arguments.
     """
     if not settings.enabled:
-        if settings.explicit - {"policy"}:
-            names = ", ".join("--kv-" + n.replace("_", "-") for n in sorted(settings.explicit))
-            logger.warning("%s: no effect without --kv-policy.", names)
+        idle = [f.option for f in config.FLAGS if f.name in settings.explicit - {"policy"}]
+        if idle:
+            logger.warning("%s: no effect without --kv-policy.", ", ".join(idle))
         return
     from sglang_tri.patches import launch  # It names this module.
 

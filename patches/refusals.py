@@ -130,7 +130,13 @@ SERVER_ARGS = (
         "tensor parallelism",
         _larger_than_one("tp_size"),
         "it has not been tested",
-        "Use --tp-size 1, and --dp-size for more GPUs.",
+        "Use --tp-size 1, and one server for each GPU.",
+    ),
+    Refusal(
+        "data parallelism",
+        _larger_than_one("dp_size"),
+        "it has not been tested",
+        "Use --dp-size 1, and one server for each GPU.",
     ),
     Refusal(
         "DP attention",
@@ -222,6 +228,18 @@ SERVER_ARGS = (
         _environment("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"),
         "it has not been tested",
         "Unset SGLANG_EXPERIMENTAL_CPP_RADIX_TREE.",
+    ),
+    Refusal(
+        "SMG gRPC server",
+        _option("smg_grpc_mode"),
+        "its process loads no plugins",
+        "Leave --smg-grpc-mode out; the HTTP server works.",
+    ),
+    Refusal(
+        "Rust server",
+        _environment("SGLANG_RUST_SERVER"),
+        "it loads no plugins",
+        "Unset SGLANG_RUST_SERVER.",
     ),
     Refusal(
         "embedding models",

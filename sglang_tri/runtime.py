@@ -22,7 +22,7 @@ from sglang_tri.queries import VirtualQueries
 from sglang_tri.rounds import Counters, Due, RequestState, Round
 
 # A plan is made on one stream and read on another: its tensors must outlive both in-flight steps.
-_PLANS_KEPT_ALIVE = 4
+_STEPS_KEPT_ALIVE = 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Runtime:
         self._observer = observer
         self._policies: dict[str, Policy] = {}
         self._pending: list[Round] = []
-        self._alive: deque[Round] = deque(maxlen=_PLANS_KEPT_ALIVE)
+        self._alive: deque[list[Round]] = deque(maxlen=_STEPS_KEPT_ALIVE)
         self._compressed = 0
         self.check_runnable(settings)
 
@@ -163,10 +163,12 @@ class Runtime:
 
     def execute(self) -> None:
         """Run the planned rounds. Call on the stream of the forward pass, before its first read."""
+        if not self._pending:
+            return
         for planned in self._pending:
             self._execute_round(planned)
-            self._alive.append(planned)
-        self._pending.clear()
+        self._alive.append(self._pending)
+        self._pending = []
 
     def _execute_round(self, planned: Round) -> None:
         settings = planned.settings
@@ -195,7 +197,7 @@ class Runtime:
 
     def forget_rows(self, rows: torch.Tensor) -> None:
         """Rows [requests] are being prefilled: their logical and physical lengths are equal."""
-        self.deltas[rows] = 0
+        self.deltas.index_fill_(0, rows, 0)
 
     def close(self, state: RequestState, physical: int) -> bool:
         """The request's slots are released; returns whether anything of it was evicted."""

@@ -29,6 +29,8 @@ OFFENDING_ARGS: dict[str, dict[str, Any]] = {
     "mixed chunk": {"enable_mixed_chunk": True},
     "pipeline parallelism": {"pp_size": 2},
     "tensor parallelism": {"tp_size": 2},
+    "SMG gRPC server": {"smg_grpc_mode": True},
+    "data parallelism": {"dp_size": 2},
     "DP attention": {"enable_dp_attention": True},
     "decode context parallelism": {"dcp_size": 2},
     "attention context parallelism": {"attn_cp_size": 2},
@@ -48,6 +50,7 @@ OFFENDING_ARGS: dict[str, dict[str, Any]] = {
 }
 OFFENDING_ENVIRONMENT = {
     "HND KV pool": "SGLANG_USE_HND_KVCACHE",
+    "Rust server": "SGLANG_RUST_SERVER",
     "C++ radix tree": "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
 }
 
