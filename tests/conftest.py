@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.server import Server
 from bench.tiny_models import make_model, make_stats
 from tests.setups import BUDGET, INTERVAL, SETUPS, Setup
 
 PROBE = Path(__file__).parent / "probe"
+# The servers need the other cores.
+torch.set_num_threads(1)
 
 
 class Running:

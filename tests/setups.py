@@ -14,7 +14,8 @@ STRICT = {
 }
 COMMON = (
     *("--max-total-tokens", "8192", "--chunked-prefill-size", "128"),
-    *("--decode-log-interval", "1"),
+    # A random model asked for JSON would fill it with blanks for ever.
+    *("--decode-log-interval", "1", "--constrained-json-disable-any-whitespace"),
 )
 FUZZ = (
     *("--enable-priority-scheduling", "--max-total-tokens", "1536", "--max-running-requests", "12"),

@@ -105,16 +105,35 @@ def test_retracted_requests_are_exact(server: Running) -> None:
     for attempt in range(4):
         asks = [Ask(tokens_of(f"{attempt} {n} Retract me"), 150, settings, 1.0) for n in range(6)]
         for answer in send_all(server, asks):
-            paths = sorted(server.trace.glob(f"{answer.rid}-*.npz"))
-            rounds = [np.load(path) for path in paths]
-            starts = sorted({int(done["start"]) for done in rounds})
-            restarts = [start - len(answer.ask.prompt) for start in starts[1:]]
+            segments = rounds_by_start(server, answer.rid)
+            restarts = [start - len(answer.ask.prompt) for start in sorted(segments)[1:]]
             if not restarts or len(restarts) != answer.meta["num_retractions"]:
                 continue  # Retracted twice without a round between: the trace can't tell where.
-            recorded = [done["kept"] for done in rounds]
+            recorded = counted_rounds(segments)
             judged = oracle.replay(
                 answer.ask.prompt, answer.ids, policy, recorded=recorded, restarts=restarts
             )
             assert np.abs(judged.logprobs - answer.logprobs).max() < 1e-4
             verified += 1
     assert verified >= 3
+
+
+def rounds_by_start(server: Running, rid: str) -> dict[int, list[dict[str, np.ndarray]]]:
+    """A request's rounds by the first evictable slot, which every retraction moves."""
+    segments: dict[int, list[dict[str, np.ndarray]]] = {}
+    for path in sorted(server.trace.glob(f"{rid}-*.npz")):
+        done = dict(np.load(path))
+        segments.setdefault(int(done["start"]), []).append(done)
+    return segments
+
+
+def counted_rounds(segments: dict[int, list[dict[str, np.ndarray]]]) -> list[np.ndarray]:
+    """Without a round before the step that was under way at a retraction: its token is dropped."""
+    starts = sorted(segments)
+    ends = [*(start - 1 for start in starts[1:]), np.inf]
+    return [
+        done["kept"]
+        for start, end in zip(starts, ends, strict=True)
+        for done in segments[start]
+        if done["logical"] < end
+    ]

@@ -17,6 +17,7 @@ WITH_POLICY = [name for name in SETUPS if name.startswith("page")]
 OTHER_ROPE = ["llama3", "yarn"]
 LOGPROB_TOLERANCE = 1e-4
 LEAST_ROUNDS = 5
+RAW_SCORES = 50  # Their size in these models; normalized ones are of order 1.
 MOST_FOLLOWED = 0.001  # Share of choices where a near tie was decided by the server.
 
 SHARED = tokens_of("A shared prefix that several requests begin with, long enough for some pages. ")
@@ -58,6 +59,7 @@ def replay(oracle: Oracle, running: Running, answer: Answer) -> Replay:
         make_policy(name, **settings) if name != "none" else make_policy("none"),
         page_size=running.setup.page_size,
         recorded=recorded_rounds(running.trace, answer.rid) if name != "none" else None,
+        tolerance=1e-5 if settings.get("normalize", True) else 1e-5 * RAW_SCORES,
     )
 
 

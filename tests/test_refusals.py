@@ -146,7 +146,6 @@ def test_the_readme_lists_them_all() -> None:
     [
         (["--kv-policy", "streaming", "--enable-mixed-chunk"], "--enable-mixed-chunk"),
         (["--kv-policy", "triattention", "--kv-stats", "/no/such.pt"], "/no/such.pt"),
-        (["--kv-policy", "streaming", "--kv-budget", "0"], "--kv-budget 0"),
     ],
 )
 def test_the_real_command_line(servers: Any, arguments: list[str], said: str) -> None:

@@ -61,7 +61,6 @@ def test_peak_slots(server: Running, policy: str) -> None:
         assert peak <= bound
         assert count > 1 or peak > len(prompts[0]) + budget
         assert all(answer.meta["kv_policy"]["rounds"] >= 5 for answer in answers)
-    assert server.server.kv_policy()["resident_generated_max"] <= BUDGET + INTERVAL + 4 * page
 
 
 @OVERLAP
@@ -114,10 +113,10 @@ def test_streaming_abort_stop_and_parallel_samples(server: Running) -> None:
     whole = generate(server)
     assert whole["meta_info"]["kv_policy"]["rounds"] >= 2
     text = whole["text"]
-    stop = text[-12:]
-    stopped = generate(server, stop=[stop])["text"]
-    assert text.startswith(stopped)
-    assert len(stopped) < len(text)
+    stop = text[150:160]
+    stopped = generate(server, stop=[stop])
+    assert stopped["text"] == text[: text.index(stop)]
+    assert stopped["meta_info"]["kv_policy"]["rounds"] >= 1
 
     several = generate(server, n=3, temperature=1.0)
     assert len(several) == 3

@@ -49,19 +49,28 @@ def _answer(result, scheduler, requests):
 
 
 def _tree_digests(scheduler):
-    """Digest of K and V of every slot in the tree, by the tokens that lead to it."""
+    """Digest of K and V of every slot in the tree, by the pages of tokens that lead to it."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    page = scheduler.page_size
     digests = {}
     todo = [(scheduler.tree_cache.root_node, "")]
     while todo:
         node, path = todo.pop()
         for child in node.children.values():
-            tokens = path
-            for token, slot in zip(child.key.token_ids, child.value.tolist(), strict=True):
-                tokens = hashlib.sha1(f"{tokens} {token}".encode()).hexdigest()
-                content = hashlib.sha1()
-                for buffer in (*pool.k_buffer, *pool.v_buffer):
-                    content.update(buffer[slot].contiguous().numpy().tobytes())
-                digests[tokens] = [slot, content.hexdigest()]
-            todo.append((child, tokens))
+            slots, prefix = child.value.tolist(), path
+            tokens = list(child.key.token_ids)[: len(slots)]
+            for first in range(0, len(slots), page):
+                prefix = hashlib.sha1(
+                    f"{prefix} {tokens[first : first + page]}".encode()
+                ).hexdigest()
+                for slot in slots[first : first + page]:
+                    digests[f"{prefix}:{slot % page}"] = [slot, _digest(pool, slot)]
+            todo.append((child, prefix))
     return digests
+
+
+def _digest(pool, slot):
+    content = hashlib.sha1()
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        content.update(buffer[slot].contiguous().numpy().tobytes())
+    return content.hexdigest()
