@@ -28,5 +28,4 @@ clean:
 	touch $@
 
 .uv/bin/uv:
-	python3 -m venv .uv
-	.uv/bin/pip install --quiet uv
+	(python3 -m venv .uv && .uv/bin/pip install --quiet uv) || python3 -m pip install --quiet --target .uv uv

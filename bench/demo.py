@@ -27,7 +27,7 @@ from bench.server import Server
 from bench.tiny_models import make_model, make_stats
 
 BUDGET, INTERVAL, TOKENS, CHATS, TURNS = 256, 64, 1536, 2, 2
-LOG_STEPS = 8
+LOG_STEPS = 1
 SYSTEM = (
     "You are a patient assistant. Think step by step, write down every intermediate result, "
     "and check it before you go on. Answer in plain text. "

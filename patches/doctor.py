@@ -7,8 +7,7 @@ import platform as host
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import flags, hooks, refusals, table
+from sglang_tri.patches import hooks, launch, refusals, table
 
 _DISTRIBUTIONS = ("sglang-tri", "sglang", "torch", "transformers", "triton", "flashinfer-python")
 
@@ -49,11 +48,11 @@ def _check(settings: KvPolicyConfig, model_path: str | None) -> list[str]:
     if "sglang_tri.patches.plugin:load" not in plugins:
         problems.append("SGLang does not see the plugin: install sglang-tri in this environment")
     try:
-        if model_path is None:
-            refusals.check_version(settings)
-        else:
+        refusals.check_version(settings)
+        launch.read_statistics(settings)
+        if model_path is not None:
             _check_model(settings, model_path)
-    except KvPolicyError as error:
+    except (OSError, ValueError) as error:
         problems.append(str(error))
     return problems
 
@@ -61,7 +60,11 @@ def _check(settings: KvPolicyConfig, model_path: str | None) -> list[str]:
 def _check_model(settings: KvPolicyConfig, model_path: str) -> None:
     from sglang.srt.server_args import ServerArgs
 
-    flags.attach(ServerArgs(model_path=model_path), settings)
+    server_args = ServerArgs(model_path=model_path)
+    refusals.check_server_args(server_args)
+    model = server_args.get_model_config()
+    refusals.check_model_config(model)
+    launch.check_statistics(settings, model)
 
 
 def _platform() -> str:

@@ -40,20 +40,33 @@ def install(hooks: Sequence[Hook]) -> None:
     Raises:
         KvPolicyError: a target is missing, has another signature, or was not replaced.
     """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    register([hook for hook in hooks if not is_installed(hook)])
+    HookRegistry.apply_hooks()
+    verify(hooks)
+
+
+def register(hooks: Sequence[Hook]) -> None:
+    """Hand `hooks` to SGLang's registry, which applies them when all plugins are loaded.
+
+    Raises:
+        KvPolicyError: a target is missing or has another signature.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
-    missing = [hook for hook in hooks if not is_installed(hook)]
-    problems = [problem for hook in missing if (problem := probe(hook))]
-    if not problems:
-        for hook in missing:
-            HookRegistry.register(
-                hook.target,
-                hook.function,
-                HookType[hook.kind],
-                source=HookSource("sglang_tri", "sglang-tri"),
-            )
-        HookRegistry.apply_hooks()
-        problems = [f"{h.target}: was not replaced" for h in missing if not is_installed(h)]
+    _refuse([problem for hook in hooks if (problem := probe(hook))])
+    source = HookSource("sglang_tri", "sglang-tri")
+    for hook in hooks:
+        HookRegistry.register(hook.target, hook.function, HookType[hook.kind], source=source)
+
+
+def verify(hooks: Sequence[Hook]) -> None:
+    """Raise `KvPolicyError` unless every hook is in place: SGLang only logs what goes wrong."""
+    _refuse([f"{h.target}: was not replaced" for h in hooks if not is_installed(h)])
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise KvPolicyError(
             "--kv-policy cannot hook into this SGLang: " + "; ".join(problems) + ". "

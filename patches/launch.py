@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sglang_tri import stats
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import flags, refusals
-from sglang_tri.patches.responses import KEY
+from sglang_tri.patches import flags, hooks, refusals
+from sglang_tri.patches.responses import READY
 from sglang_tri.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
+
+# Whether arguments with a policy were made that no server has been started with yet.
+_prepared = False
 
 
 def prepare(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
@@ -27,24 +30,34 @@ def prepare(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
     """
     from sglang_tri.patches import table  # It names this module.
 
+    hooks.verify(table.stage(table.ENTRY))
     refusals.check_version(settings)
     refusals.check_server_args(server_args)
     model = server_args.get_model_config()
     refusals.check_model_config(model)
     check_statistics(settings, model)
-    table.install_stage(table.MAIN)
+    hooks.install(table.stage(table.MAIN))
+    global _prepared
+    _prepared = True
+
+
+def read_statistics(settings: KvPolicyConfig) -> stats.Statistics | None:
+    """Statistics that the settings name; refuses missing or unreadable ones."""
+    if settings.stats is not None:
+        return stats.load(settings.stats)
+    if POLICIES[settings.policy].needs_statistics:
+        raise KvPolicyError(
+            f"--kv-policy {settings.policy} needs query statistics: give --kv-stats FILE, "
+            "or use --kv-policy streaming, which needs none."
+        )
+    return None
 
 
 def check_statistics(settings: KvPolicyConfig, model: Any) -> None:
     """Refuse missing or unreadable statistics, and those of another geometry."""
-    if settings.stats is None:
-        if POLICIES[settings.policy].needs_statistics:
-            raise KvPolicyError(
-                f"--kv-policy {settings.policy} needs query statistics: give --kv-stats FILE, "
-                "or use --kv-policy streaming, which needs none."
-            )
+    found = read_statistics(settings)
+    if found is None:
         return
-    found = stats.load(settings.stats)
     found.check_geometry(model.num_hidden_layers, model.num_attention_heads, model.head_dim)
     served = model.model_path.rstrip("/").rsplit("/", 1)[-1]
     named = (found.model_name or served).rstrip("/").rsplit("/", 1)[-1]
@@ -64,11 +77,18 @@ def confirm(
     SGLang logs errors of plugins and goes on; a server that silently keeps every token would look
     like one that works.
     """
+    global _prepared
     settings = flags.attached(server_args)
     if settings is None:
+        if _prepared:
+            raise RuntimeError(
+                "--kv-policy was set, but a copy of the server's arguments is served that does not "
+                "have it (made by dataclasses.asdict, for example): pass the original on."
+            )
         return
+    _prepared = False
     scheduler_infos = result[3].scheduler_infos
-    if not all(info.get(KEY, {}).get("policy") == settings.policy for info in scheduler_infos):
+    if not all(info.pop(READY, None) == settings.policy for info in scheduler_infos):
         raise RuntimeError(
             f"--kv-policy {settings.policy} is not active in the scheduler process: is sglang-tri "
             "installed for it, and not filtered out by SGLANG_PLUGINS?"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sglang_tri import stats
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active, flags, rope
+from sglang_tri.patches import active, flags, hooks, rope
+from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.queries import VirtualQueries
 from sglang_tri.runtime import Cache, Observer, Runtime
 from sglang_tri.trace import TraceWriter
@@ -36,7 +37,7 @@ def start_scheduler(
     if settings is None:
         original(scheduler, *args, **kwargs)
         return
-    table.install_stage(table.SCHEDULER)
+    hooks.install(table.stage(table.SCHEDULER))
     original(scheduler, *args, **kwargs)
     active.activate(active.Active(_build_runtime(scheduler, settings), scheduler))
     logger.info(
@@ -64,11 +65,8 @@ def _build_runtime(scheduler: Scheduler, settings: KvPolicyConfig) -> Runtime:
 
 
 def _check_tree(scheduler: Scheduler) -> None:
-    from sglang.srt.mem_cache.chunk_cache import ChunkCache
-    from sglang.srt.mem_cache.radix_cache import RadixCache
-
     kind = type(scheduler.tree_cache)
-    if kind not in (RadixCache, ChunkCache):
+    if kind not in adapter.prefix_caches():
         raise KvPolicyError(
             f"--kv-policy does not know the prefix cache {kind.__name__}: "
             "use SGLang's default one, or --disable-radix-cache."
@@ -105,4 +103,7 @@ def _load_queries(model: torch.nn.Module, path: str, cache: Cache) -> VirtualQue
     spec = rope.read_rope(rope.find_rotary(model))
     statistics = stats.load(path)
     statistics.check_pairing(spec.interleaved)
+    kv_heads, head_dim = cache.keys[0].shape[1:]
+    group = statistics.shape[1] // kv_heads
+    statistics.check_geometry(len(cache.keys), kv_heads * group, head_dim)
     return VirtualQueries(statistics, spec, cache.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_tri.patches import table
+from sglang_tri.patches import hooks, table
 
 
 def load() -> None:
@@ -11,4 +11,4 @@ def load() -> None:
     If a hook cannot be installed, the flags are missing and `--kv-policy` is refused as unknown;
     in the scheduler process, the main process finds out (`launch.confirm`).
     """
-    table.install_stage(table.ENTRY)
+    hooks.register(table.stage(table.ENTRY))

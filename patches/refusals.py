@@ -242,10 +242,10 @@ SERVER_ARGS = (
         "Unset SGLANG_RUST_SERVER.",
     ),
     Refusal(
-        "embedding models",
-        _option("is_embedding"),
-        "they generate nothing",
-        "Leave --kv-policy out.",
+        "deterministic inference",
+        _option("enable_deterministic_inference"),
+        "it has not been tested",
+        "Leave --enable-deterministic-inference out.",
     ),
 )
 
@@ -271,14 +271,21 @@ def _attention(model: Any) -> str:
     return "" if model.attention_arch == AttentionArch.MHA else "multi-head latent attention"
 
 
-def _linear_attention(model: Any) -> str:
-    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
-    return "state-space or linear-attention layers" if "linear_attention" in kinds else ""
+def _hybrid(model: Any) -> str:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return "" if mambaish_config(model) is None else "state-space or linear-attention layers"
 
 
 _OTHER_MODEL = "Serve another model, or leave --kv-policy out."
 
 MODEL_CONFIG = (
+    Refusal(
+        "embedding models",
+        lambda model: "" if model.is_generation else "an embedding model",
+        "they generate nothing",
+        _OTHER_MODEL,
+    ),
     Refusal(
         "encoder-decoder",
         lambda model: "an encoder-decoder model" if model.is_encoder_decoder else "",
@@ -304,7 +311,7 @@ MODEL_CONFIG = (
         "attention kernels count slots of the window, not positions",
         _OTHER_MODEL,
     ),
-    Refusal("hybrid SSM", _linear_attention, "their state cannot forget tokens", _OTHER_MODEL),
+    Refusal("hybrid SSM", _hybrid, "their state cannot forget tokens", _OTHER_MODEL),
     Refusal(
         "dual-chunk attention",
         lambda model: (

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 KEY = "kv_policy"
+# In the scheduler's message that it is ready; taken out again by the main process.
+READY = "_kv_policy"
 
 
 def collect(manager: TokenizerManager, recv_obj: Any) -> None:
@@ -61,7 +63,7 @@ def report_state(result: GetInternalStateReqOutput, *args: Any, **kwargs: Any) -
 
 def report_ready(result: dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """AFTER get_init_info: tell the main process that the policy runs (see `launch.confirm`)."""
-    result[KEY] = active.get().runtime.report()
+    result[READY] = active.get().runtime.settings.policy
 
 
 def report_usage(result: list[str], *args: Any, **kwargs: Any) -> list[str]:

@@ -63,7 +63,8 @@ def _check_against_table(module: RotaryEmbedding, rope: Rope) -> None:
     table = module.cos_sin_cache
     cos, sin = table[list(_PROBES)].double().cpu().chunk(2, -1)
     phase = torch.tensor(_PROBES, dtype=torch.float64)[:, None] * rope.frequencies
-    tolerance = 4 * torch.finfo(table.dtype).eps * max(_PROBES)
+    rounding = rope.factor * torch.finfo(table.dtype).eps
+    tolerance = rounding + 4 * torch.finfo(torch.float32).eps * max(_PROBES)
     error = torch.maximum(
         (cos - rope.factor * phase.cos()).abs().max(), (sin - rope.factor * phase.sin()).abs().max()
     )

@@ -1,4 +1,7 @@
-"""Where SGLang 0.5.17 keeps what the hooks read and write. Nothing else is version-specific."""
+"""What is particular to SGLang 0.5.17: where it keeps what the hooks read and write.
+
+With the targets in `table`, this is what another version changes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,14 @@ if TYPE_CHECKING:
 TESTED_VERSIONS = ("0.5.17",)
 
 _STATE = "kv_policy_state"
+
+
+def prefix_caches() -> tuple[type, ...]:
+    """The classes of SGLang's default prefix cache, on and off."""
+    from sglang.srt.mem_cache.chunk_cache import ChunkCache
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    return RadixCache, ChunkCache
 
 
 def attach_state(req: Req, state: RequestState | None) -> None:

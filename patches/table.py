@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_tri.patches import decode, flags, launch, lifecycle, request_lifetime, responses
-from sglang_tri.patches.hooks import AFTER, AROUND, BEFORE, Hook, install
+from sglang_tri.patches.hooks import AFTER, AROUND, BEFORE, Hook
 
 # When a hook is installed: at every start of SGLang; in the main process and in the scheduler
 # process of a server whose policy is on.
@@ -60,6 +60,6 @@ TABLE = (
 # fmt: on
 
 
-def install_stage(stage: str) -> None:
-    """Install all hooks of one stage; raises `KvPolicyError` if one of them cannot be."""
-    install([hook for hook in TABLE if hook.stage == stage])
+def stage(name: str) -> list[Hook]:
+    """All hooks of one stage."""
+    return [hook for hook in TABLE if hook.stage == name]

@@ -1,14 +1,14 @@
 """The user's settings: names, defaults, help texts and what makes them invalid.
 
-`FLAGS` is the only list of settings. The command line, `sgl.Engine(kv_...=...)` and the README's
-table all follow it.
+The command line, `sgl.Engine(kv_...=...)` and the README's table follow `FLAGS`; defaults are those
+of `KvPolicyConfig`.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_tri.errors import KvPolicyError
@@ -34,6 +34,10 @@ class Flag:
     @property
     def keyword(self) -> str:
         return PREFIX + self.name
+
+    @property
+    def default(self) -> Any:
+        return KvPolicyConfig.__dataclass_fields__[self.name].default
 
 
 FLAGS = (
@@ -84,9 +88,8 @@ class KvPolicyConfig:
             if value < smallest:
                 raise KvPolicyError(f"--kv-{name} {value} is too small: use {smallest} or more.")
         self._check_at_most("recent", "budget", "the recent tokens are kept inside the budget")
-        self._check_at_most("recent", "interval", "a round could not move them without overlap")
-        if self.policy == "streaming":
-            self._check_at_most("sinks", "budget", "the sinks are kept inside the budget")
+        self._check_at_most("sinks", "budget", "the sinks are kept inside the budget")
+        self._check_at_most("recent", "interval", "their old and new slots would overlap")
 
     def _check_at_most(self, name: str, limit: str, reason: str) -> None:
         value, bound = getattr(self, name), getattr(self, limit)
@@ -104,7 +107,8 @@ class KvPolicyConfig:
         """
         unknown = sorted(set(overrides) - set(_BY_NAME))
         if unknown:
-            raise KvPolicyError(f"unknown KV policy setting {unknown[0]!r}: use one of {_names()}.")
+            known = ", ".join(_BY_NAME)
+            raise KvPolicyError(f"unknown KV policy setting {unknown[0]!r}: use one of {known}.")
         return replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,9 +122,6 @@ class KvPolicyConfig:
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> KvPolicyConfig:
         """From `kv_policy=..., kv_budget=...` as `sgl.Engine` takes them; None is the default."""
-        unknown = sorted(set(keywords) - {flag.keyword for flag in FLAGS})
-        if unknown:
-            raise KvPolicyError(f"unknown argument {unknown[0]!r}: use one of {_names(PREFIX)}.")
         given = {
             name[len(PREFIX) :]: value for name, value in keywords.items() if value is not None
         }
@@ -130,20 +131,18 @@ class KvPolicyConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the "KV policy" group. Every default is None, so that what a user set stays visible."""
     group = parser.add_argument_group("KV policy", "KV-cache eviction by sglang-tri")
-    for spec in fields(KvPolicyConfig):
-        flag = _BY_NAME.get(spec.name)
-        if flag is None:
-            continue
-        text = f"{flag.help} (default: {_shown(spec.default)})"
+    for flag in FLAGS:
+        default = flag.default
+        text = f"{flag.help} (default: {_shown(default)})"
         if flag.name == "normalize":
             action: Any = argparse.BooleanOptionalAction
             group.add_argument(flag.option, dest=flag.keyword, action=action, help=text)
-        elif isinstance(spec.default, bool):
+        elif isinstance(default, bool):
             group.add_argument(
                 flag.option, dest=flag.keyword, action="store_true", default=None, help=text
             )
         else:
-            kind = int if isinstance(spec.default, int) else str
+            kind = int if isinstance(default, int) else str
             group.add_argument(
                 flag.option, dest=flag.keyword, type=kind, choices=flag.choices, help=text
             )
@@ -151,8 +150,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_namespace(namespace: argparse.Namespace) -> KvPolicyConfig:
     """From the parsed command line (see `add_arguments`)."""
-    given = {flag.keyword: getattr(namespace, flag.keyword) for flag in FLAGS}
-    return KvPolicyConfig.from_keywords(given)
+    values = vars(namespace)
+    # A parser that was built before the plugin was loaded has none of them.
+    return KvPolicyConfig.from_keywords({flag.keyword: values.get(flag.keyword) for flag in FLAGS})
 
 
 def _check_type(flag: Flag, value: Any) -> None:
@@ -162,16 +162,11 @@ def _check_type(flag: Flag, value: Any) -> None:
                 f"{flag.option} {value!r} is not known: use one of {', '.join(flag.choices)}."
             )
         return
-    default = KvPolicyConfig.__dataclass_fields__[flag.name].default
-    wanted: type = str if default is None else type(default)
+    wanted: type = str if flag.default is None else type(flag.default)
     if flag.name == "stats" and value is None:
         return
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise KvPolicyError(f"{flag.option} {value!r} must be a {wanted.__name__}.")
-
-
-def _names(prefix: str = "") -> str:
-    return ", ".join(prefix + flag.name for flag in FLAGS)
 
 
 def _shown(default: Any) -> Any:

@@ -17,7 +17,7 @@ from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.compact import compact, packing
 from sglang_tri.policies import POLICIES
-from sglang_tri.policies.base import Candidates, Policy
+from sglang_tri.policies.base import Candidates
 from sglang_tri.queries import VirtualQueries
 from sglang_tri.rounds import Counters, Due, RequestState, Round
 
@@ -75,7 +75,7 @@ class Runtime:
         self._cache = cache
         self._queries = queries
         self._observer = observer
-        self._policies: dict[str, Policy] = {}
+        self._policies = {name: policy() for name, policy in POLICIES.items()}
         self._pending: list[Round] = []
         self._alive: deque[list[Round]] = deque(maxlen=_STEPS_KEPT_ALIVE)
         self._compressed = 0
@@ -172,7 +172,7 @@ class Runtime:
 
     def _execute_round(self, planned: Round) -> None:
         settings = planned.settings
-        policy = self._policy(settings.policy)
+        policy = self._policies[settings.policy]
         kept = policy.keep(
             Candidates(
                 settings,
@@ -208,11 +208,6 @@ class Runtime:
         state.region = None
         self._compressed -= region.delta > 0
         return region.delta > 0
-
-    def _policy(self, name: str) -> Policy:
-        if name not in self._policies:
-            self._policies[name] = POLICIES[name]()
-        return self._policies[name]
 
     def report(self) -> dict[str, Any]:
         """Settings and counters, plain values, for `/server_info`."""

@@ -108,13 +108,13 @@ def _load_official(path: Path) -> Statistics:
             "use a file in the official TriAttention layout."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise KvPolicyError(
-            f"--kv-stats {path} cannot be read ({error}): is it complete?"
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(content, dict) or not isinstance(content.get("stats"), dict):
         raise KvPolicyError(f"--kv-stats {path} has no 'stats' table: it is not a statistics file.")
     heads = content["stats"]
     layers, per_layer = _grid(heads, path)
+    if len({len(_vector(heads, head, name, path)) for head in heads for name in _FIELDS}) != 1:
+        raise KvPolicyError(f"--kv-stats {path} has vectors of different lengths.")
     names = [[f"layer{i:02d}_head{j:02d}" for j in range(per_layer)] for i in range(layers)]
     real, imag, modulus = (
         torch.stack([torch.stack([_vector(heads, n, name, path) for n in row]) for row in names])
@@ -156,20 +156,21 @@ def _load_own(path: Path) -> Statistics:
             if header.get("format") != FORMAT or missing:
                 raise KvPolicyError(f"--kv-stats {path} is not a statistics file of sglang-tri.")
             real, imag, modulus = (file.get_tensor(name).float() for name in _FIELDS)
-    except (SafetensorError, OSError) as error:
-        raise KvPolicyError(
-            f"--kv-stats {path} cannot be read ({error}): is it complete?"
-        ) from error
-    return _checked(real, imag, modulus, json.loads(header.get("metadata", "{}")), path)
+        metadata = json.loads(header.get("metadata", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise _unreadable(path, error) from error
+    return _checked(real, imag, modulus, metadata, path)
 
 
 def _checked(
     real: torch.Tensor,
     imag: torch.Tensor,
     modulus: torch.Tensor,
-    metadata: dict[str, Any],
+    metadata: Any,
     path: Path,
 ) -> Statistics:
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("model_name", ""), str):
+        raise KvPolicyError(f"--kv-stats {path} has metadata that are not a table of names.")
     if real.ndim != 3 or not real.shape == imag.shape == modulus.shape:
         raise KvPolicyError(f"--kv-stats {path} has fields of different shapes.")
     if not all(bool(torch.isfinite(field).all()) for field in (real, imag, modulus)):

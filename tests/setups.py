@@ -18,8 +18,8 @@ COMMON = (
     *("--decode-log-interval", "1", "--constrained-json-disable-any-whitespace"),
 )
 FUZZ = (
-    *("--enable-priority-scheduling", "--max-total-tokens", "1536", "--max-running-requests", "12"),
-    *("--chunked-prefill-size", "64"),
+    *("--max-total-tokens", "1536", "--max-running-requests", "8", "--chunked-prefill-size", "64"),
+    *("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"),
 )
 
 

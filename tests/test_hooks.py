@@ -14,6 +14,7 @@ from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import flags, hooks, launch, table
 from sglang_tri.patches.hooks import BEFORE, Hook
+from sglang_tri.patches.responses import READY
 
 TARGET = "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem"
 
@@ -69,9 +70,9 @@ def test_a_hook_that_is_not_applied_is_noticed() -> None:
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 HookRegistry.register({TARGET!r}, lambda *a, **k: None, HookType.BEFORE)
 HookRegistry.apply_hooks()
-from sglang_tri.patches import table
+from sglang_tri.patches import hooks, table
 try:
-    table.install_stage(table.SCHEDULER)
+    hooks.install(table.stage(table.SCHEDULER))
 except ValueError as error:
     print(error)
 """
@@ -87,8 +88,16 @@ def test_a_scheduler_without_the_policy_is_noticed() -> None:
     vars(server_args)[flags._ATTRIBUTE] = KvPolicyConfig(policy="streaming").to_dict()
     with pytest.raises(RuntimeError, match="not active in the scheduler"):
         launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
-    info["kv_policy"] = {"policy": "streaming"}  # type: ignore[assignment]
+    info[READY] = "streaming"
     launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
+    assert info == {"status": "ready"}
+
+
+def test_a_copy_that_lost_the_policy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_prepared", True)
+    launched = (None, None, None, SimpleNamespace(scheduler_infos=[{"status": "ready"}]))
+    with pytest.raises(RuntimeError, match="does not have it"):
+        launch.confirm(launched, object, SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_doctor(tmp_path: Path, servers: object) -> None:

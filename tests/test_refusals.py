@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_tri.config import KvPolicyConfig
+from sglang_tri.config import FLAGS, KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import refusals
 from sglang_tri.patches.refusals import MODEL_CONFIG, SERVER_ARGS, Refusal
@@ -46,7 +46,7 @@ OFFENDING_ARGS: dict[str, dict[str, Any]] = {
     "routed experts": {"enable_return_routed_experts": True},
     "indexer top-k": {"enable_return_indexer_topk": True},
     "FP4 or MXFP8 KV cache": {"kv_cache_dtype": "mxfp8"},
-    "embedding models": {"is_embedding": True},
+    "deterministic inference": {"enable_deterministic_inference": True},
 }
 OFFENDING_ENVIRONMENT = {
     "HND KV pool": "SGLANG_USE_HND_KVCACHE",
@@ -93,6 +93,7 @@ def test_server_args(refusal: Refusal, server_args: Any, monkeypatch: pytest.Mon
 
 def offending_models(config: Any) -> dict[str, dict[str, Any]]:
     from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.configs.qwen3_next import Qwen3NextConfig
 
     def text_config(**values: Any) -> Any:
         return type(config)(**{**config.to_dict(), **values})
@@ -101,8 +102,6 @@ def offending_models(config: Any) -> dict[str, dict[str, Any]]:
     chunked = text_config()
     chunked.dual_chunk_attention_config = {"chunk_size": 64}
     layers = config.num_hidden_layers
-    linear = text_config()
-    linear.layer_types = ["linear_attention"] * layers
     return {
         "encoder-decoder": {"is_encoder_decoder": True},
         "M-RoPE": {"model_is_mrope": True},
@@ -111,7 +110,8 @@ def offending_models(config: Any) -> dict[str, dict[str, Any]]:
         "sliding window": {
             "hf_text_config": text_config(layer_types=["sliding_attention"] * layers)
         },
-        "hybrid SSM": {"hf_text_config": linear},
+        "embedding models": {"is_generation": False},
+        "hybrid SSM": {"hf_config": Qwen3NextConfig()},
         "dual-chunk attention": {"hf_config": chunked},
         "local attention": {"is_local_attention_model": True},
         "other RoPE types": {
@@ -137,8 +137,17 @@ def test_unknown_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_readme_lists_them_all() -> None:
     text = README.read_text()
-    for refusal in (*SERVER_ARGS, *MODEL_CONFIG):
-        assert f"| {refusal.feature} |" in text
+    for row in (*SERVER_ARGS, *MODEL_CONFIG):
+        assert f"| {row.feature} | {row.reason} | {row.recipe} |" in text
+
+
+def test_the_readme_lists_all_flags() -> None:
+    text = README.read_text()
+    for flag in FLAGS:
+        shown = {True: "on", False: "off", None: ""}.get(flag.default, f"{flag.default}")
+        option = "`--kv-normalize`, `--no-kv-normalize`" if flag.name == "normalize" else ""
+        cell = f"`{shown}`" if isinstance(flag.default, str) else shown
+        assert f"| {option or f'`{flag.option}`'} | {cell}" in text
 
 
 @pytest.mark.parametrize(

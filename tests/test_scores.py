@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def statistics_files() -> list[str]:
 
 def load_some_layers(name: str) -> stats.Statistics:
     if name == "made":
-        print("official statistics are not at hand: using the project's own")
+        warnings.warn("no official statistics here: using the project's own", stacklevel=1)
         return made_statistics(LAYERS_TESTED, 8, 64)
     whole = stats.load(OFFICIAL / f"{name}.pt")
     return stats.Statistics(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sglang_tri import stats
 from sglang_tri.errors import KvPolicyError
@@ -108,12 +109,29 @@ def test_missing_truncated_or_other_files(content: dict[str, Any], tmp_path: Pat
         (lambda c: c["stats"].update(other={}), "every query head"),
         (lambda c: c["stats"]["layer00_head00"].pop("q_abs_mean"), "q_abs_mean"),
         (lambda c: c["stats"]["layer00_head00"]["q_abs_mean"].fill_(torch.nan), "not finite"),
+        (lambda c: c["stats"]["layer00_head00"].update(q_abs_mean=torch.ones(3)), "lengths"),
+        (lambda c: c.update(metadata=["half"]), "metadata"),
+        (lambda c: c["metadata"].update(model_name=3), "metadata"),
     ],
 )
 def test_damaged_content(content: dict[str, Any], tmp_path: Path, damage: Any, said: str) -> None:
     damage(content)
     with pytest.raises(KvPolicyError, match=said):
         stats.load(written(content, tmp_path))
+
+
+def test_damaged_header(content: dict[str, Any], tmp_path: Path) -> None:
+    whole = stats.load(written(content, tmp_path))
+    tensors = {name: torch.ones(1, 2, 4) for name in ("q_mean_real", "q_mean_imag", "q_abs_mean")}
+    path = tmp_path / "ours.safetensors"
+    save_file(tensors, path, metadata={"format": stats.FORMAT, "metadata": "{"})
+    with pytest.raises(KvPolicyError, match="cannot be read"):
+        stats.load(path)
+    save_file(tensors, path, metadata={"format": "other"})
+    with pytest.raises(KvPolicyError, match="not a statistics file"):
+        stats.load(path)
+    stats.save(whole, path)
+    stats.load(path)
 
 
 def test_other_models_are_refused(content: dict[str, Any], tmp_path: Path) -> None:

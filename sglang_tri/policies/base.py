@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -14,6 +14,10 @@ from sglang_tri.kernels.select import aggregate, normalize, select
 if TYPE_CHECKING:
     from sglang_tri.config import KvPolicyConfig
     from sglang_tri.queries import VirtualQueries
+
+
+# Scores that exist at a time; bigger rounds are split by request.
+SCORE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,21 @@ class Candidates:
     @property
     def kv_heads(self) -> int:
         return self.keys[0].shape[1]
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of one request's float32 scores."""
+        rows = len(self.keys) * self.kv_heads
+        if self.queries is not None:
+            rows = self.queries.magnitude[..., 0].numel()
+        return 4 * rows * self.slots.shape[1]
+
+    def split(self, requests: int) -> Iterator[Candidates]:
+        """The same candidates in parts of at most `requests` requests."""
+        for slots, logical in zip(
+            self.slots.split(requests), self.logical.split(requests), strict=True
+        ):
+            yield replace(self, slots=slots, logical=logical)
 
 
 class Policy(ABC):
@@ -67,6 +86,10 @@ class ScoringPolicy(Policy):
         """float32 [layers, requests, query_heads, candidates]; higher is kept."""
 
     def keep(self, candidates: Candidates) -> torch.Tensor:
+        at_once = max(1, SCORE_BYTES // candidates.score_bytes)
+        return torch.cat([self._keep(part) for part in candidates.split(at_once)], 1)
+
+    def _keep(self, candidates: Candidates) -> torch.Tensor:
         settings = candidates.settings
         scores = self.score(candidates)
         if settings.normalize:

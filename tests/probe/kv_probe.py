@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 _peak = {"used": 0}
+_preempted = {"times": 0}
 
 
 def load() -> None:
@@ -20,6 +21,9 @@ def load() -> None:
     prefix = "sglang.srt.managers."
     HookRegistry.register(
         prefix + "schedule_batch.ScheduleBatch.prepare_for_decode", _watch, HookType.AFTER
+    )
+    HookRegistry.register(
+        prefix + "schedule_policy.PrefillAdder.preempt_to_schedule", _preempt, HookType.AFTER
     )
     HookRegistry.register(
         prefix + "scheduler.Scheduler.process_input_requests", _answer, HookType.AFTER
@@ -31,12 +35,17 @@ def _watch(result, batch):
     _peak["used"] = max(_peak["used"], allocator.size - allocator.available_size())
 
 
+def _preempt(result, *args):
+    _preempted["times"] += bool(result)
+
+
 def _answer(result, scheduler, requests):
     folder = Path(os.environ["KV_PROBE_FOLDER"])
     if not (folder / "ask").exists():
         return
     report = {
         "peak_used": _peak["used"],
+        "preempted": _preempted["times"],
         "tree": _tree_digests(scheduler),
         "free": scheduler.token_to_kv_pool_allocator.available_size(),
         "size": scheduler.token_to_kv_pool_allocator.size,
