@@ -105,8 +105,10 @@ def test_retracted_requests_are_exact(server: Running) -> None:
     oracle = Oracle(server.model, server.stats)
     policy = make_policy("triattention", **settings)
     verified = 0
-    for attempt in range(4):
-        asks = [Ask(tokens_of(f"{attempt} {n} Retract me"), 150, settings, 1.0) for n in range(6)]
+    for attempt in range(12):
+        length = 130 + 11 * attempt  # Retractions come at a fixed interval: meet it out of step.
+        prompts = [tokens_of(f"{attempt} {n} Retract me") for n in range(6)]
+        asks = [Ask(prompt, length, settings, temperature=1.0) for prompt in prompts]
         for answer in send_all(server, asks):
             segments = rounds_by_start(server, answer.rid)
             restarts = [start - len(answer.ask.prompt) for start in sorted(segments)[1:]]
@@ -118,7 +120,9 @@ def test_retracted_requests_are_exact(server: Running) -> None:
             )
             assert np.abs(judged.logprobs - answer.logprobs).max() < 1e-4
             verified += 1
-    assert verified >= 3
+        if verified >= 3:
+            return
+    pytest.fail(f"only {verified} retracted requests could be judged")
 
 
 def rounds_by_start(server: Running, rid: str) -> dict[int, list[dict[str, np.ndarray]]]:
