@@ -12,7 +12,7 @@ import pytest
 
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import flags, hooks, launch, table
+from sglang_tri.patches import cli, flags, hooks, launch, table
 from sglang_tri.patches.hooks import BEFORE, Hook
 from sglang_tri.patches.responses import READY
 
@@ -45,38 +45,32 @@ def run(code: str) -> str:
     return result.stdout.strip().splitlines()[-1]
 
 
-def test_without_a_policy_only_the_flags_are_hooked(servers: object) -> None:
+def test_what_is_installed_when(servers: object) -> None:
+    """Without a policy only the flags; and a hook that SGLang skips does not go unnoticed."""
     model = servers.model("qwen3")  # type: ignore[attr-defined]
     code = f"""
 import json
 from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import prepare_server_args
 load_plugins()
 args = prepare_server_args(["--model-path", {str(model)!r}, "--kv-policy", "none"])
 from sglang_tri.patches import hooks, table
 installed = [hook.stage for hook in table.TABLE if hooks.is_installed(hook)]
 attributes = [name for name in vars(args) if "kv_policy" in name]
-print(json.dumps([sorted(set(installed)), len(installed), attributes]))
-"""
-    stages, count, attributes = json.loads(run(code))
-    assert stages == [table.ENTRY]
-    assert count == sum(row.stage == table.ENTRY for row in table.TABLE)
-    assert attributes == []
-
-
-def test_a_hook_that_is_not_applied_is_noticed() -> None:
-    """SGLang skips a target that another plugin has already had patched, without an error."""
-    code = f"""
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+# Another plugin patches a target first: SGLang then ignores later hooks on it, without an error.
 HookRegistry.register({TARGET!r}, lambda *a, **k: None, HookType.BEFORE)
 HookRegistry.apply_hooks()
-from sglang_tri.patches import hooks, table
 try:
     hooks.install(table.stage(table.SCHEDULER))
 except ValueError as error:
-    print(error)
+    said = str(error)
+print(json.dumps([sorted(set(installed)), len(installed), attributes, said]))
 """
-    said = run(code)
+    stages, count, attributes, said = json.loads(run(code))
+    assert stages == [table.ENTRY]
+    assert count == len(table.stage(table.ENTRY))
+    assert attributes == []
     assert "check_decode_mem: was not replaced" in said
 
 
@@ -100,20 +94,27 @@ def test_a_copy_that_lost_the_policy_is_noticed(monkeypatch: pytest.MonkeyPatch)
         launch.confirm(launched, object, SimpleNamespace())  # type: ignore[arg-type]
 
 
-def test_doctor(tmp_path: Path, servers: object) -> None:
-    model = servers.model("qwen3")  # type: ignore[attr-defined]
+def test_doctor_says_that_it_would_run() -> None:
     doctor = [str(Path(sys.executable).with_name("sglang-tri")), "doctor"]
     well = subprocess.run(doctor, capture_output=True, text=True, timeout=300, check=False)
     assert well.returncode == 0, well.stdout + well.stderr
     assert "sglang 0.5.17" in well.stdout
     assert "TorchCpuPlatform" in well.stdout
     assert well.stdout.count("ok ") == len(table.TABLE)
-    ill = subprocess.run(
-        [*doctor, "--model-path", str(model), "--kv-policy", "triattention"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ill.returncode == 1
-    assert "--kv-stats FILE" in ill.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kv-policy", "triattention"], "--kv-stats FILE"),
+        (["--kv-policy", "triattention", "--kv-stats", "absent.pt"], "absent.pt"),
+        (["--model-path", "no/such/model"], "no/such/model"),
+    ],
+)
+def test_doctor_says_why_not(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", *arguments]) == 1
+    printed = capsys.readouterr().out
+    assert "would not run" in printed
+    assert said in printed

@@ -43,7 +43,7 @@ def workload(policies: list[dict[str, object]]) -> list[Ask]:
         text = f"Request {index} has words of its own" + "," * index
         prompt = (SHARED if index % 2 else []) + tokens_of(text)
         temperature = 1.0 if index % 3 == 0 else 0.0
-        asks.append(Ask(prompt, 230 + 7 * index, policy, temperature))
+        asks.append(Ask(prompt, 205 + 5 * index, policy, temperature))
     return asks
 
 
