@@ -17,7 +17,7 @@ check: .venv/.ready
 	$(PYTHON) -m mypy
 
 bench: .venv/.ready
-	$(PYTHON) -m bench.overhead
+	$(PYTHON) -m bench.overhead $(ARGS)
 
 clean:
 	rm -rf .venv .uv .models results
