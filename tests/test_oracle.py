@@ -21,6 +21,7 @@ RAW_SCORES = 50  # Their size in these models; normalized ones are of order 1.
 MOST_FOLLOWED = 0.001  # Share of choices where a near tie was decided by the server.
 
 SHARED = tokens_of("A shared prefix that several requests begin with, long enough for some pages. ")
+LONG_PROMPT = 4  # Which request of a workload is prefilled in several chunks.
 MODES = ("per-head", "per-layer-per-head", "union")
 TRIATTENTION = [
     *({"eviction_mode": mode} for mode in MODES),
@@ -41,6 +42,7 @@ def workload(policies: list[dict[str, object]]) -> list[Ask]:
     asks = []
     for index, policy in enumerate(policies):
         text = f"Request {index} has words of its own" + "," * index
+        text *= 10 if index == LONG_PROMPT else 1
         prompt = (SHARED if index % 2 else []) + tokens_of(text)
         temperature = 1.0 if index % 3 == 0 else 0.0
         asks.append(Ask(prompt, 205 + 5 * index, policy, temperature))
