@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -49,6 +49,7 @@ def test_unknown_kind_is_refused(tmp_path: Path) -> None:
 
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=80))
 def test_any_text_round_trips(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assume("<|" not in text)  # A special token's name is that token, not its bytes.
     ids = tokenizer(text).input_ids
     assert ids == list(text.encode())
     assert tokenizer.decode(ids) == text
