@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import platform as host
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import TYPE_CHECKING
 
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.patches import hooks, launch, refusals, table
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
 
 _DISTRIBUTIONS = ("sglang-tri", "sglang", "torch", "transformers", "triton", "flashinfer-python")
 
@@ -51,20 +55,16 @@ def _check(settings: KvPolicyConfig, model_path: str | None) -> list[str]:
         refusals.check_version(settings)
         launch.read_statistics(settings)
         if model_path is not None:
-            _check_model(settings, model_path)
+            launch.check(_server_args(model_path), settings)
     except (OSError, ValueError) as error:
         problems.append(str(error))
     return problems
 
 
-def _check_model(settings: KvPolicyConfig, model_path: str) -> None:
+def _server_args(model_path: str) -> ServerArgs:
     from sglang.srt.server_args import ServerArgs
 
-    server_args = ServerArgs(model_path=model_path)
-    refusals.check_server_args(server_args)
-    model = server_args.get_model_config()
-    refusals.check_model_config(model)
-    launch.check_statistics(settings, model)
+    return ServerArgs(model_path=model_path)
 
 
 def _platform() -> str:

@@ -32,13 +32,18 @@ def prepare(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
 
     hooks.verify(table.stage(table.ENTRY))
     refusals.check_version(settings)
+    check(server_args, settings)
+    hooks.install(table.stage(table.MAIN))
+    global _prepared
+    _prepared = True
+
+
+def check(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
+    """Refuse arguments, models and statistics that the policy cannot run with."""
     refusals.check_server_args(server_args)
     model = server_args.get_model_config()
     refusals.check_model_config(model)
     check_statistics(settings, model)
-    hooks.install(table.stage(table.MAIN))
-    global _prepared
-    _prepared = True
 
 
 def read_statistics(settings: KvPolicyConfig) -> stats.Statistics | None:
