@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from sglang_tri.aliases import AliasStore, Lookup
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.patches import active, decode
 from sglang_tri.patches import sglang_0517 as adapter
@@ -52,7 +54,8 @@ def _make_batch(requests: int) -> Any:
     cache = [torch.zeros(1, 1, 2)]
     settings = KvPolicyConfig(policy="streaming", budget=BUDGET, interval=INTERVAL)
     runtime = Runtime(settings, Cache(cache, cache, cache), requests + 1, page_size=1)
-    active.activate(active.Active(runtime, SimpleNamespace(enable_overlap=False)))
+    scheduler: Any = SimpleNamespace(enable_overlap=False)
+    active.activate(active.Active(runtime, scheduler, AliasStore(1), array("q")))
     allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, need_sort=False)
     rows = allocator.alloc(size).view(requests, length).int()
     reqs = [
@@ -60,7 +63,7 @@ def _make_batch(requests: int) -> Any:
             req_pool_idx=index,
             kv_committed_len=PROMPT,
             kv=SimpleNamespace(kv_allocated_len=PROMPT),
-            kv_policy_state=RequestState(str(index), settings),
+            kv_policy_state=RequestState(str(index), settings, Lookup(None)),
         )
         for index in range(requests)
     ]

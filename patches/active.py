@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
+    from sglang_tri.aliases import AliasStore
     from sglang_tri.runtime import Runtime
 
 
 @dataclass
 class Active:
+    """What the hooks share.
+
+    Attributes:
+        runtime: plans and runs rounds.
+        scheduler: SGLang's.
+        aliases: compressed history that can be found again.
+        think_end: token ids that end a model's thinking, or none.
+    """
+
     runtime: Runtime
     scheduler: Scheduler
+    aliases: AliasStore
+    think_end: array[int]
 
 
 _active: Active | None = None

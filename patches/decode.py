@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_tri.patches import active
+from sglang_tri.patches import active, thinking
 from sglang_tri.patches import sglang_0517 as adapter
-from sglang_tri.rounds import Due, Region
+from sglang_tri.rounds import Due
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -36,10 +36,11 @@ def _find_due(batch: ScheduleBatch, runtime: Runtime) -> dict[int, Due]:
         if state is None:
             continue
         length = adapter.physical_length(req)
-        if state.region is None:
-            state.region = Region.open(state.settings, length, runtime.page_size)
-        if length >= state.region.due_at:
-            due[index] = Due(state, state.region, req.req_pool_idx)
+        if not state.regions or thinking.ends(req, state, length):
+            state.open_region(length, runtime.page_size)
+        region = state.regions[-1]
+        if length >= region.due_at:
+            due[index] = Due(state, region, req.req_pool_idx)
     return due
 
 
@@ -73,11 +74,18 @@ def run_rounds(
     runtime = active.get().runtime
     runtime.execute()
     if batch is not None and batch.forward_mode.is_extend():
-        runtime.forget_rows(batch.req_pool_indices)
+        states = [adapter.state_of(req) for req in batch.reqs]
+        runtime.start_prefill(batch.req_pool_indices, states)
 
 
 def shift_positions(result: ForwardBatch, *args: Any, **kwargs: Any) -> None:
     """AFTER ForwardBatch.init_new: RoPE positions count tokens, everything else counts slots."""
     runtime = active.get().runtime
-    if runtime.shifts_positions and result.forward_mode.is_decode():
-        result.positions = result.positions + runtime.deltas[result.req_pool_indices]
+    if not runtime.shifts_positions:
+        return
+    deltas = runtime.deltas[result.req_pool_indices]
+    if result.forward_mode.is_decode():
+        result.positions = result.positions + deltas
+    elif result.forward_mode.is_extend():
+        lengths, total = result.extend_seq_lens, len(result.positions)
+        result.positions += deltas.repeat_interleave(lengths, output_size=total)

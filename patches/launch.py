@@ -41,9 +41,19 @@ def prepare(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
 def check(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
     """Refuse arguments, models and statistics that the policy cannot run with."""
     refusals.check_server_args(server_args)
+    check_reuse(server_args, settings)
     model = server_args.get_model_config()
     refusals.check_model_config(model)
     check_statistics(settings, model)
+
+
+def check_reuse(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
+    """Refuse reuse that was asked for where there is no prefix cache."""
+    if server_args.disable_radix_cache and settings.continues and "reuse" in settings.explicit:
+        raise KvPolicyError(
+            "--kv-reuse continuation does not work with --disable-radix-cache: there is nothing "
+            "that a later request could find history in. Leave one of them out."
+        )
 
 
 def read_statistics(settings: KvPolicyConfig) -> stats.Statistics | None:

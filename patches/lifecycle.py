@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_tri import stats
+from sglang_tri.aliases import AliasStore
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active, flags, hooks, rope
+from sglang_tri.patches import active, flags, hooks, rope, thinking
 from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.queries import VirtualQueries
 from sglang_tri.runtime import Cache, Observer, Runtime
@@ -39,13 +41,18 @@ def start_scheduler(
         return
     hooks.install(table.stage(table.SCHEDULER))
     original(scheduler, *args, **kwargs)
-    active.activate(active.Active(_build_runtime(scheduler, settings), scheduler))
+    if scheduler.tree_cache.disable:
+        settings = replace(settings, reuse="prompt")  # There is nothing to find anything in.
+    runtime = _build_runtime(scheduler, settings)
+    aliases = AliasStore(settings.alias_limit)
+    active.activate(active.Active(runtime, scheduler, aliases, thinking.end_ids(scheduler)))
     logger.info(
-        "KV policy: %s, mode %s, budget %d, interval %d, statistics %s",
+        "KV policy: %s, mode %s, budget %d, interval %d, reuse %s, statistics %s",
         settings.policy,
         settings.eviction_mode,
         settings.budget,
         settings.interval,
+        settings.reuse,
         settings.stats or "none",
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active
+from sglang_tri.patches import active, reuse
 from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.patches.responses import KEY
 
@@ -16,44 +16,86 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 
+    from sglang_tri.rounds import RequestState
+    from sglang_tri.spans import Span
+
 # Settings per request are not public yet: tests switch them on.
 PER_REQUEST = "SGLANG_KV_POLICY_PER_REQUEST"
 
 
 def admit(scheduler: Scheduler, req: Req, is_retracted: bool = False) -> None:
-    """BEFORE _add_request_to_queue: give a new request its state, refuse settings that can't be."""
+    """BEFORE _add_request_to_queue: give a new request its state, refuse what can't be."""
     if adapter.has_state(req):
         return
     adapter.attach_state(req, None)
-    overrides = adapter.request_overrides(req)
     try:
+        _check_vocabulary(req)
+        overrides = adapter.request_overrides(req)
         if overrides and os.environ.get(PER_REQUEST) != "1":
             raise KvPolicyError(
                 "custom_params['kv_policy'] is not public: set --kv-policy for the whole server."
             )
-        adapter.attach_state(req, active.get().runtime.admit(req.rid, overrides))
+        state = active.get().runtime.admit(req.rid, overrides, req.extra_key)
+        adapter.attach_state(req, state)
     except KvPolicyError as error:
         req.set_finish_with_abort(str(error))
+
+
+def _check_vocabulary(req: Req) -> None:
+    """Ids outside the vocabulary stand for compressed history: nobody may send them."""
+    position = adapter.token_outside_vocabulary(req)
+    if position is not None:
+        raise KvPolicyError(
+            f"token {req.origin_input_ids[position]} at position {position} of the input is not in "
+            f"the vocabulary: send ids from 0 to {req.vocab_size - 1}."
+        )
 
 
 def release(
     original: Callable[..., None], req: Req, tree_cache: BasePrefixCache, is_insert: bool = True
 ) -> None:
-    """AROUND release_kv_cache: what was computed over evicted tokens never enters the tree.
-
-    The prompt is in the tree since its prefill; everything behind it is freed.
+    """AROUND release_kv_cache: what was computed over evicted tokens never enters the tree as if
+    it was not. It enters under ids of its own, also on retraction, or is freed.
     """
     state = adapter.state_of(req)
     if state is None or req.req_pool_idx is None:
         original(req, tree_cache, is_insert=is_insert)
         return
     resident = adapter.physical_length(req)
-    evicted = active.get().runtime.close(state, resident)
-    if req.finished() and state.evicted_tokens:
-        info = {
-            "rounds": state.rounds,
-            "evicted_tokens": state.evicted_tokens,
-            "resident_slots": resident,
-        }
-        adapter.publish_at_end(req, KEY, info)
-    original(req, tree_cache, is_insert=is_insert and not evicted)
+    compressed = active.get().runtime.close(state, resident)
+    if req.finished():
+        _publish(req, state, resident)
+    if compressed and not _may_continue(req, state):
+        original(req, tree_cache, is_insert=False)
+    elif compressed or state.history:
+        spans = tuple(active.get().aliases.new_span(*region.span) for region in compressed)
+        with adapter.physical_tokens(req, state.chain.then(*spans)):
+            kept = req.effective_kv_committed_len()
+            original(req, tree_cache, is_insert=is_insert or bool(spans))
+        _remember(req, state, spans, kept)
+    else:
+        original(req, tree_cache, is_insert=is_insert)
+    reuse.forget_history(req, state)
+
+
+def _may_continue(req: Req, state: RequestState) -> bool:
+    return state.settings.continues and adapter.tokens_tell_all(req)
+
+
+def _remember(req: Req, state: RequestState, spans: tuple[Span, ...], kept: int) -> None:
+    """What lies in the first `kept` slots is in the tree now: make it known by its tokens."""
+    tokens, history, chain = adapter.tokens(req), state.history, state.chain
+    for span in spans:
+        chain = chain.then(span)
+        if span.last_slot <= kept:
+            history = active.get().aliases.add(state.lookup, tokens, chain, history)
+
+
+def _publish(req: Req, state: RequestState, resident: int) -> None:
+    info = {
+        "history": state.first_history,
+        "rounds": state.rounds,
+        "evicted_tokens": state.evicted_tokens,
+        "resident_slots": resident,
+    }
+    adapter.publish_at_end(req, KEY, info)

@@ -58,7 +58,8 @@ async def deliver(
 
 def report_state(result: GetInternalStateReqOutput, *args: Any, **kwargs: Any) -> None:
     """AFTER get_internal_state: the counters, for `/server_info`."""
-    result.internal_state[KEY] = active.get().runtime.report()
+    found = active.get()
+    result.internal_state[KEY] = found.runtime.report() | found.aliases.report()
 
 
 def report_ready(result: dict[str, Any], *args: Any, **kwargs: Any) -> None:

@@ -5,13 +5,20 @@ With the targets in `table`, this is what another version changes.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sglang_tri.rounds import RequestState
+from sglang_tri.spans import Chain
 
 if TYPE_CHECKING:
     import torch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.mem_cache.radix_cache import RadixKey
 
 TESTED_VERSIONS = ("0.5.17",)
 
@@ -50,6 +57,73 @@ def set_physical_length(req: Req, length: int) -> None:
     req.kv.kv_allocated_len = length
 
 
+def tokens(req: Req) -> array[int]:
+    """Prompt and output."""
+    return req.origin_input_ids + req.output_ids
+
+
+def token_outside_vocabulary(req: Req) -> int | None:
+    """Position of the first prompt token that the model has no embedding for."""
+    ids = np.frombuffer(req.origin_input_ids, dtype=np.int64)
+    outside = np.flatnonzero((ids < 0) | (ids >= req.vocab_size))
+    return int(outside[0]) if outside.size else None
+
+
+def tokens_tell_all(req: Req) -> bool:
+    """Whether equal tokens mean equal KV."""
+    return (
+        req.input_embeds is None
+        and req.positional_embed_overrides is None
+        and req.multimodal_inputs is None
+    )
+
+
+def wants_prompt_logprobs(req: Req) -> bool:
+    return req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
+
+
+def physical_key(key: RadixKey, chain: Chain) -> RadixKey:
+    """The key that the tree knows the tokens of `key` by, all but the last.
+
+    SGLang computes the last token in any case. It may have limited `key` to a request's prompt, to
+    compute log-probabilities of a retracted output again that have been sent already.
+    """
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    ids = chain.physical_ids(key.token_ids)
+    return RadixKey(ids, key.extra_key, limit=len(ids) - 1)
+
+
+def use_physical_ids(req: Req, chain: Chain) -> None:
+    """Let a prefill count slots: SGLang takes what it computes from these ids and their number."""
+    req.full_untruncated_fill_ids = chain.physical_ids(tokens(req))
+
+
+def forget_physical_ids(req: Req) -> None:
+    """SGLang extends these ids in place where their number fits: make it build them anew."""
+    req.full_untruncated_fill_ids = array("q")
+
+
+@contextmanager
+def physical_tokens(req: Req, chain: Chain) -> Iterator[None]:
+    """Inside, the request's tokens are the ids that the prefix cache knows them by."""
+    logical = req.origin_input_ids, req.output_ids
+    ids = chain.physical_ids(tokens(req))
+    prompt = chain.physical_length(len(req.origin_input_ids))
+    req.origin_input_ids, req.output_ids = ids[:prompt], ids[prompt:]
+    try:
+        yield
+    finally:
+        req.origin_input_ids, req.output_ids = logical
+
+
+def count_cached(req: Req, tokens: int) -> None:
+    """Count `tokens` more as found in the prefix cache, once in a request's life as SGLang does."""
+    if not req.retracted_stain:
+        req.cached_tokens += tokens
+        req.cached_tokens_device += tokens
+
+
 def shrink_batch(batch: ScheduleBatch, cut: torch.Tensor) -> None:
     """Subtract `cut`, int64 [requests] on the CPU, from the batch's physical lengths."""
     # New tensors: the previous step's forward pass may still read the old ones.
@@ -68,4 +142,5 @@ def publish_at_end(req: Req, key: str, value: dict[str, Any]) -> None:
     """Send `value` with the request's last token; it reaches the tokenizer manager by `key`."""
     # SGLang aligns these lists with the output tokens.
     padding = [None] * (len(req.output_ids_through_stop) - 1)
-    req.customized_info = {**(req.customized_info or {}), key: [*padding, value]}
+    if req.output_ids_through_stop:
+        req.customized_info = {**(req.customized_info or {}), key: [*padding, value]}

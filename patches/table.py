@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from sglang_tri.patches import decode, flags, launch, lifecycle, request_lifetime, responses
+from sglang_tri.patches import (
+    decode,
+    flags,
+    launch,
+    lifecycle,
+    request_lifetime,
+    responses,
+    reuse,
+)
 from sglang_tri.patches.hooks import AFTER, AROUND, BEFORE, Hook
 
 # When a hook is installed: at every start of SGLang; in the main process and in the scheduler
@@ -19,6 +27,9 @@ _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager."
 _POOL = _SRT + "managers.scheduler_components.pool_stats_observer.PoolStats."
 _ENGINE = _SRT + "entrypoints.engine.Engine."
 _COMMON = _SRT + "mem_cache.common."
+_REQ = _SRT + "managers.schedule_batch.Req."
+_TREE = _SRT + "mem_cache.radix_cache.RadixCache."
+_WEIGHTS = _SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 
 # fmt: off
 TABLE = (
@@ -49,7 +60,26 @@ TABLE = (
          "keep RoPE positions logical"),
     Hook(SCHEDULER, _COMMON + "release_kv_cache", AROUND, request_lifetime.release,
          ("req", "tree_cache", "is_insert"),
-         "keep evicted generations out of the radix tree"),
+         "give compressed generations to the radix tree under ids of their own"),
+    Hook(SCHEDULER, _REQ + "init_next_round_input", AROUND, reuse.start_prefill,
+         ("self", "tree_cache"),
+         "prefill behind the compressed history found"),
+    Hook(SCHEDULER, _REQ + "_refresh_fill_ids", AROUND, reuse.refresh_ids, ("self",),
+         "count slots in what is to be prefilled"),
+    Hook(SCHEDULER, _TREE + "match_prefix", AROUND, reuse.match_prefix, ("self", "params"),
+         "find compressed history"),
+    Hook(SCHEDULER, _SRT + "managers.schedule_policy.match_prefix_for_req", AFTER,
+         reuse.count_matched, ("tree_cache", "req"),
+         "weigh a waiting request's prefix by its tokens"),
+    Hook(SCHEDULER, _BATCH + "prepare_for_extend", AFTER, reuse.count_admission, ("self",),
+         "count cached tokens, not slots"),
+    Hook(SCHEDULER, _TREE + "_delete_leaf", AFTER, reuse.forget_deleted, ("self", "node"),
+         "forget what the tree evicts"),
+    Hook(SCHEDULER, _SCHEDULER + "flush_cache", AFTER, reuse.forget_flushed, ("self",),
+         "forget all when the cache is flushed"),
+    Hook(SCHEDULER, _WEIGHTS + "flush_cache_after_weight_update", AFTER, reuse.forget_outdated,
+         ("self", "recv_req"),
+         "forget all when weights change"),
     Hook(SCHEDULER, _SCHEDULER + "get_init_info", AFTER, responses.report_ready, ("self",),
          "report the policy to the main process"),
     Hook(SCHEDULER, _SCHEDULER + "get_internal_state", AFTER, responses.report_state, ("self",),

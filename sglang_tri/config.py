@@ -16,6 +16,9 @@ from sglang_tri.policies import POLICIES
 
 POLICY_NAMES = ("none", *POLICIES)
 MODES = ("per-head", "per-layer-per-head", "union")
+REUSE = ("continuation", "prompt")
+# A span's last tokens stay plain, so that trimming the end of an answer does not cost all of it.
+LEAST_RECENT = 16
 PREFIX = "kv_"
 
 
@@ -48,10 +51,13 @@ FLAGS = (
     Flag("sinks", "first generated tokens always kept by 'streaming', inside the budget"),
     Flag("eviction_mode", "which heads and layers share one set of kept tokens", MODES),
     Flag("normalize", "z-normalize each query head's scores before they are compared"),
+    Flag("reuse", "what a later request may find of a generation that was evicted from", REUSE),
+    Flag("alias_limit", "compressed generations that can be found again, over all conversations"),
     Flag("stats", "query statistics: official .pt or sglang-tri .safetensors"),
     Flag("allow_untested_sglang", "run on an SGLang version that this release was not tested with"),
 )
 _BY_NAME = {flag.name: flag for flag in FLAGS}
+_SMALLEST = {"budget": 1, "interval": 1, "recent": 0, "sinks": 0, "alias_limit": 1}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class KvPolicyConfig:
     sinks: int = 4
     eviction_mode: str = "per-head"
     normalize: bool = True
+    reuse: str = "continuation"
+    alias_limit: int = 4096
     stats: str | None = None
     allow_untested_sglang: bool = False
     explicit: frozenset[str] = field(default_factory=frozenset, compare=False, repr=False)
@@ -82,14 +90,31 @@ class KvPolicyConfig:
     def enabled(self) -> bool:
         return self.policy != "none"
 
+    @property
+    def continues(self) -> bool:
+        """Whether a later request may go on from a generation that was evicted from."""
+        return self.reuse == "continuation"
+
     def _check_counts(self) -> None:
-        for name, smallest in (("budget", 1), ("interval", 1), ("recent", 0), ("sinks", 0)):
+        for name, smallest in _SMALLEST.items():
             value = getattr(self, name)
             if value < smallest:
-                raise KvPolicyError(f"--kv-{name} {value} is too small: use {smallest} or more.")
+                flag = _BY_NAME[name].option
+                raise KvPolicyError(f"{flag} {value} is too small: use {smallest} or more.")
         self._check_at_most("recent", "budget", "the recent tokens are kept inside the budget")
         self._check_at_most("sinks", "budget", "the sinks are kept inside the budget")
         self._check_at_most("recent", "interval", "their old and new slots would overlap")
+        if self.policy == "streaming" and self.sinks + self.recent > self.budget:
+            raise KvPolicyError(
+                f"--kv-sinks {self.sinks} and --kv-recent {self.recent} are more than "
+                f"--kv-budget {self.budget} together: make one of them smaller."
+            )
+        if self.enabled and self.continues and self.recent < LEAST_RECENT:
+            raise KvPolicyError(
+                f"--kv-recent {self.recent} is too small for --kv-reuse continuation: use "
+                f"{LEAST_RECENT} or more (and a budget and an interval of as many), or "
+                "--kv-reuse prompt."
+            )
 
     def _check_at_most(self, name: str, limit: str, reason: str) -> None:
         value, bound = getattr(self, name), getattr(self, limit)

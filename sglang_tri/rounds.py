@@ -6,11 +6,13 @@ prompt region [0, start), which is never touched, and its private region [start,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from sglang_tri.aliases import Alias, Lookup
 from sglang_tri.config import KvPolicyConfig
+from sglang_tri.spans import Chain
 
 
 def ceil_to(length: int, page_size: int) -> int:
@@ -20,46 +22,102 @@ def ceil_to(length: int, page_size: int) -> int:
 
 @dataclass(slots=True)
 class Region:
-    """The private region of one request, from a prefill to the release of its slots.
+    """A private region of one request, from a prefill (or the end of thinking) on.
 
     Attributes:
-        prompt: tokens that the prefill wrote, in slots [0, prompt).
-        start: first slot that may be evicted; `prompt` rounded up to whole pages, because the
-            prompt's last page belongs to the prompt.
+        opened: slots in use when it was opened, [0, opened).
+        start: first slot that may be evicted; `opened` rounded up to whole pages, because the
+            last page belongs to what was there before.
         kept: slots that survive a round.
         due_at: physical length at which a round is due.
-        delta: logical minus physical length.
+        before: logical minus physical length at its start.
+        plain_tail: of the kept slots those at the end that hold the most recent tokens, the same
+            in every head and in order.
+        evicted: tokens evicted from it.
         positions: logical positions by slot, kept only while a trace is written.
     """
 
-    prompt: int
+    opened: int
     start: int
     kept: int
     due_at: int
-    delta: int = 0
+    before: int
+    plain_tail: int
+    evicted: int = 0
     positions: torch.Tensor | None = None
 
     @classmethod
-    def open(cls, settings: KvPolicyConfig, prompt: int, page_size: int) -> Region:
-        start = ceil_to(prompt, page_size)
+    def open(cls, settings: KvPolicyConfig, length: int, before: int, page_size: int) -> Region:
+        """A region behind `length` slots, which hold `length + before` tokens."""
+        start = ceil_to(length, page_size)
         kept = ceil_to(settings.budget, page_size)
-        return cls(prompt, start, kept, start + kept + ceil_to(settings.interval, page_size))
+        due_at = start + kept + ceil_to(settings.interval, page_size)
+        # A span has at least one slot: without one, nothing in the prefix cache would tell it.
+        span = max(page_size, ceil_to(kept - settings.recent, page_size))
+        return cls(length, start, kept, due_at, before, kept - span)
 
     @property
     def candidates(self) -> int:
         """Slots of the private region when a round is due."""
         return self.due_at - self.start
 
+    @property
+    def delta(self) -> int:
+        """Logical minus physical length behind it."""
+        return self.before + self.evicted
+
+    @property
+    def span(self) -> tuple[int, int, int, int]:
+        """What was compressed: its logical start and end, its first slot and the one behind it."""
+        last_slot = self.start + self.kept - self.plain_tail
+        return self.start + self.before, last_slot + self.delta, self.start, last_slot
+
 
 @dataclass(slots=True)
 class RequestState:
-    """What the policy knows of one request; survives retraction, its region does not."""
+    """What the policy knows of one request. `history` and `regions` last until its slots are
+    released, the rest survives retraction.
+
+    Attributes:
+        rid: the request's id.
+        settings: its settings.
+        lookup: for finding compressed history.
+        rounds, evicted_tokens: totals.
+        history: the compressed history that its prefix was found under.
+        regions: its private regions; the last one is open.
+        thinking: whether the end of thinking was not reached yet.
+        think_end: logical position behind it, once it is known.
+        scanned: output tokens in which it was looked for.
+        uncounted: whether its admission still has to be counted.
+        first_history: "exact" or "compressed", what its first prefill found.
+    """
 
     rid: str
     settings: KvPolicyConfig
+    lookup: Lookup
     rounds: int = 0
     evicted_tokens: int = 0
-    region: Region | None = None
+    history: Alias | None = None
+    regions: list[Region] = field(default_factory=list)
+    thinking: bool = True
+    think_end: int | None = None
+    scanned: int = 0
+    uncounted: bool = True
+    first_history: str = ""
+
+    @property
+    def chain(self) -> Chain:
+        return self.history.chain if self.history else Chain()
+
+    @property
+    def delta(self) -> int:
+        """Logical minus physical length."""
+        return self.regions[-1].delta if self.regions else self.chain.delta
+
+    def open_region(self, length: int, page_size: int) -> Region:
+        """Nothing in the first `length` slots is evicted from now on."""
+        self.regions.append(Region.open(self.settings, length, self.delta, page_size))
+        return self.regions[-1]
 
 
 @dataclass(slots=True)

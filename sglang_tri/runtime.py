@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.compact import compact, packing
 from sglang_tri.policies import POLICIES
 from sglang_tri.policies.base import Candidates
 from sglang_tri.queries import VirtualQueries
-from sglang_tri.rounds import Counters, Due, RequestState, Round
+from sglang_tri.rounds import Counters, Due, Region, RequestState, Round
 
 # A plan is made on one stream and read on another: its tensors must outlive both in-flight steps.
 _STEPS_KEPT_ALIVE = 4
@@ -78,7 +79,7 @@ class Runtime:
         self._policies = {name: policy() for name, policy in POLICIES.items()}
         self._pending: list[Round] = []
         self._alive: deque[list[Round]] = deque(maxlen=_STEPS_KEPT_ALIVE)
-        self._compressed = 0
+        self._shifted: set[str] = set()
         self.check_runnable(settings)
 
     def check_runnable(self, settings: KvPolicyConfig) -> None:
@@ -95,15 +96,24 @@ class Runtime:
                 f"--kv-policy {settings.policy} needs live queries, which no server provides yet."
             )
 
-    def admit(self, rid: str, overrides: Mapping[str, Any]) -> RequestState | None:
+    def admit(
+        self, rid: str, overrides: Mapping[str, Any], extra_key: str | None = None
+    ) -> RequestState | None:
         """State for a new request, or None where its policy is `none`.
+
+        Args:
+            rid: the request's id.
+            overrides: settings of its own.
+            extra_key: what keeps its prefixes apart from others' (adapter, salt).
 
         Raises:
             KvPolicyError: the overrides are not valid, or not possible on this server.
         """
         settings = self.settings.with_overrides(overrides) if overrides else self.settings
         self.check_runnable(settings)
-        return RequestState(rid, settings) if settings.enabled else None
+        if not settings.enabled:
+            return None
+        return RequestState(rid, settings, Lookup((settings, extra_key)))
 
     def plan(self, due: Iterable[Due], request_to_slot: torch.Tensor) -> torch.Tensor:
         """Plan one round for each of `due`: update their regions, remember the work.
@@ -129,8 +139,7 @@ class Runtime:
     def _plan_group(
         self, settings: KvPolicyConfig, members: list[Due], request_to_slot: torch.Tensor
     ) -> Round:
-        physical = [member.region.due_at for member in members]
-        logical = [n + member.region.delta for n, member in zip(physical, members, strict=True)]
+        logical = [member.region.due_at + member.region.delta for member in members]
         for member in members:
             self._count(member)
         host = torch.tensor(
@@ -151,15 +160,15 @@ class Runtime:
     def _count(self, member: Due) -> None:
         state, region, counters = member.state, member.region, self.counters
         evicted = region.candidates - region.kept
-        counters.saw_resident(region.due_at - region.prompt)
+        counters.saw_resident(region.due_at - state.regions[0].opened)
         counters.requests_evicted += state.evicted_tokens == 0
         counters.rounds += 1
         counters.evicted_tokens += evicted
         counters.freed_slots += evicted
         state.rounds += 1
         state.evicted_tokens += evicted
-        self._compressed += region.delta == 0
-        region.delta += evicted
+        self._shifted.add(state.rid)
+        region.evicted += evicted
 
     def execute(self) -> None:
         """Run the planned rounds. Call on the stream of the forward pass, before its first read."""
@@ -193,21 +202,26 @@ class Runtime:
     @property
     def shifts_positions(self) -> bool:
         """Whether any request's logical and physical lengths differ now."""
-        return self._compressed > 0
+        return bool(self._shifted)
 
-    def forget_rows(self, rows: torch.Tensor) -> None:
-        """Rows [requests] are being prefilled: their logical and physical lengths are equal."""
-        self.deltas.index_fill_(0, rows, 0)
+    def start_prefill(self, rows: torch.Tensor, states: Sequence[RequestState | None]) -> None:
+        """Rows [requests] are about to be prefilled, behind the history of `states`."""
+        deltas = [state.delta if state else 0 for state in states]
+        if not any(deltas):
+            self.deltas.index_fill_(0, rows, 0)
+            return
+        self._shifted.update(state.rid for state in states if state and state.delta)
+        host = torch.tensor(deltas, dtype=torch.int64, pin_memory=self.deltas.is_cuda)
+        self.deltas[rows] = host.to(self.deltas.device, non_blocking=True)
 
-    def close(self, state: RequestState, physical: int) -> bool:
-        """The request's slots are released; returns whether anything of it was evicted."""
-        region = state.region
-        if region is None:
-            return False
-        self.counters.saw_resident(physical - region.prompt)
-        state.region = None
-        self._compressed -= region.delta > 0
-        return region.delta > 0
+    def close(self, state: RequestState, physical: int) -> list[Region]:
+        """The request's slots are released; returns the regions that were evicted from."""
+        if state.regions:
+            self.counters.saw_resident(physical - state.regions[0].opened)
+        compressed = [region for region in state.regions if region.evicted]
+        state.regions = []
+        self._shifted.discard(state.rid)
+        return compressed
 
     def report(self) -> dict[str, Any]:
         """Settings and counters, plain values, for `/server_info`."""
@@ -217,6 +231,7 @@ class Runtime:
             "mode": self.settings.eviction_mode,
             "budget": self.settings.budget,
             "interval": self.settings.interval,
+            "reuse": self.settings.reuse,
             "rounds": counters.rounds,
             "evicted_tokens": counters.evicted_tokens,
             "freed_slots": counters.freed_slots,

@@ -23,8 +23,6 @@ class TraceWriter:
 
     def __call__(self, planned: Round, kept: torch.Tensor, packed: torch.Tensor) -> None:
         for index, due in enumerate(planned.due):
-            if due.state.region is not due.region:
-                continue  # Retracted between plan and execution: its slots are gone.
             logical = int(planned.logical[index])
             positions = self._candidates(due, logical, kept[:, index].cpu())
             due.region.positions = positions.gather(-1, packed[:, index].cpu())
@@ -42,6 +40,7 @@ class TraceWriter:
         """Logical positions of the candidates, in slot order: [layers or 1, heads or 1, n]."""
         before = due.region.positions
         if before is None:
-            return torch.arange(due.region.start, logical).expand(*kept.shape[:2], -1)
+            first = due.region.start + due.region.before
+            return torch.arange(first, logical).expand(*kept.shape[:2], -1)
         new = torch.arange(logical - (due.region.candidates - before.shape[-1]), logical)
         return torch.cat([before, new.expand(*before.shape[:2], -1)], -1)

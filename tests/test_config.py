@@ -26,16 +26,19 @@ def test_defaults() -> None:
 
 
 def test_command_line_and_keywords_agree() -> None:
-    argv = "--kv-policy streaming --kv-budget 64 --kv-interval 32 --kv-recent 8 --kv-sinks 2"
-    flags = parse(*argv.split(), "--kv-eviction-mode", "union", "--no-kv-normalize")
+    argv = "--kv-policy streaming --kv-budget 64 --kv-interval 32 --kv-recent 20 --kv-sinks 2"
+    more = "--kv-eviction-mode union --no-kv-normalize --kv-reuse prompt --kv-alias-limit 9"
+    flags = parse(*argv.split(), *more.split())
     keywords = {
         "kv_policy": "streaming",
         "kv_budget": 64,
         "kv_interval": 32,
-        "kv_recent": 8,
+        "kv_recent": 20,
         "kv_sinks": 2,
         "kv_eviction_mode": "union",
         "kv_normalize": False,
+        "kv_reuse": "prompt",
+        "kv_alias_limit": 9,
     }
     assert flags == KvPolicyConfig.from_keywords(keywords)
     assert KvPolicyConfig.from_dict(flags.to_dict()) == flags
@@ -51,6 +54,13 @@ def test_command_line_and_keywords_agree() -> None:
         ({"budget": 8, "recent": 9}, ["--kv-recent 9", "--kv-budget 8"]),
         ({"interval": 8, "recent": 9}, ["--kv-recent 9", "--kv-interval 8"]),
         ({"policy": "streaming", "budget": 20, "sinks": 21}, ["--kv-sinks 21", "--kv-budget 20"]),
+        ({"policy": "streaming", "budget": 19}, ["--kv-sinks 4", "--kv-recent 16", "budget 19"]),
+        (
+            {"policy": "triattention", "recent": 15},
+            ["--kv-recent 15", "--kv-reuse continuation", "16 or more", "--kv-reuse prompt"],
+        ),
+        ({"alias_limit": 0}, ["--kv-alias-limit 0", "1 or more"]),
+        ({"reuse": "all"}, ["--kv-reuse 'all'", "continuation, prompt"]),
         ({"policy": "snapkv"}, ["--kv-policy 'snapkv'", "triattention, streaming"]),
         ({"eviction_mode": "all"}, ["--kv-eviction-mode 'all'", "union"]),
         ({"budget": 1.5}, ["--kv-budget 1.5", "int"]),
@@ -61,6 +71,10 @@ def test_refused(settings: dict[str, Any], said: list[str]) -> None:
     with pytest.raises(KvPolicyError) as error:
         KvPolicyConfig(**settings)
     assert all(words in str(error.value) for words in said), str(error.value)
+
+
+def test_few_recent_tokens_need_no_reuse() -> None:
+    assert not KvPolicyConfig(policy="triattention", recent=0, reuse="prompt").continues
 
 
 def test_unknown_names_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from sglang_tri.config import FLAGS, KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import refusals
+from sglang_tri.patches import launch, refusals
 from sglang_tri.patches.refusals import MODEL_CONFIG, SERVER_ARGS, Refusal
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -160,3 +160,12 @@ def test_the_real_command_line(servers: Any) -> None:
     assert "--kv-stats no/such.pt does not exist" in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert "Load weight" not in result.stderr + result.stdout
+
+
+def test_reuse_without_a_prefix_cache(server_args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, it is refused; by default there is just nothing to reuse."""
+    monkeypatch.setitem(vars(server_args), "disable_radix_cache", True)
+    asked = KvPolicyConfig.from_keywords({"kv_policy": "streaming", "kv_reuse": "continuation"})
+    with pytest.raises(KvPolicyError, match=r"--kv-reuse continuation .*--disable-radix-cache"):
+        launch.check(server_args, asked)
+    launch.check(server_args, KvPolicyConfig.from_keywords({"kv_policy": "streaming"}))

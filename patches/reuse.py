@@ -1,0 +1,133 @@
+"""Compressed history in the radix tree: requests find it, and it is forgotten when it is gone.
+
+The tree is SGLang's own and sees one id per slot, always. What happens here is translation: from a
+request's tokens to the ids that its compressed history went in under, before the tree is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sglang_tri.patches import active
+from sglang_tri.patches import sglang_0517 as adapter
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.mem_cache.base_prefix_cache import (
+        BasePrefixCache,
+        MatchPrefixParams,
+        MatchResult,
+    )
+    from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+
+    from sglang_tri.rounds import RequestState
+
+EXACT, COMPRESSED = "exact", "compressed"
+
+
+def start_prefill(
+    original: Callable[..., None],
+    req: Req,
+    tree_cache: BasePrefixCache | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """AROUND init_next_round_input: what is to be computed follows from the history found."""
+    state = adapter.state_of(req)
+    # Without a tree this is the next chunk of a prompt: its prefix stands.
+    if state is None or tree_cache is None:
+        original(req, tree_cache, *args, **kwargs)
+        return
+    forget_history(req, state)
+    state.uncounted = True
+    original(req, tree_cache, *args, **kwargs)
+    if len(req.prefix_indices) < state.chain.last_slot:
+        forget_history(req, state)  # SGLang was told to ignore what it finds.
+    if state.history:
+        adapter.use_physical_ids(req, state.chain)
+
+
+def forget_history(req: Req, state: RequestState) -> None:
+    """The request's prefix is not looked up, or not held, under compressed history any more."""
+    if state.history:
+        state.history = None
+        adapter.forget_physical_ids(req)
+
+
+def refresh_ids(original: Callable[..., None], req: Req) -> None:
+    """AROUND _refresh_fill_ids: SGLang would extend the physical ids by logical lengths."""
+    state = adapter.state_of(req)
+    if state is None or state.history is None:
+        original(req)
+    else:
+        adapter.use_physical_ids(req, state.chain)
+
+
+def match_prefix(
+    original: Callable[..., MatchResult], tree: RadixCache, params: MatchPrefixParams
+) -> MatchResult:
+    """AROUND RadixCache.match_prefix: the longest compressed history that the tree still holds."""
+    req = params.req
+    state = None if req is None else adapter.state_of(req)
+    if req is None or state is None or not _may_reuse(req, state):
+        return original(tree, params)
+    aliases, tokens = active.get().aliases, params.key.token_ids
+    for alias in aliases.find(state.lookup, tokens):
+        key = adapter.physical_key(params.key, alias.chain)
+        result = original(tree, replace(params, key=key))
+        if len(result.device_indices) >= alias.chain.last_slot:
+            state.history = alias
+            aliases.touch(alias)
+            return result
+        aliases.stale += 1
+        aliases.drop(alias)
+    state.history = None
+    return original(tree, params)
+
+
+def _may_reuse(req: Req, state: RequestState) -> bool:
+    return (
+        state.settings.continues
+        and adapter.tokens_tell_all(req)
+        and not adapter.wants_prompt_logprobs(req)
+    )
+
+
+def count_matched(result: MatchResult, tree_cache: BasePrefixCache, req: Req, *args: Any) -> None:
+    """AFTER match_prefix_for_req: the scheduler weighs prefixes by the prefill that they save."""
+    state = adapter.state_of(req)
+    if state is not None:
+        req.num_matched_prefix_tokens += state.chain.delta
+
+
+def count_admission(result: None, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> None:
+    """AFTER prepare_for_extend: usage reports count tokens, SGLang has counted slots."""
+    aliases = active.get().aliases
+    for req in batch.reqs:
+        state = adapter.state_of(req)
+        if state is None or not state.uncounted:
+            continue
+        state.uncounted = False
+        state.first_history = state.first_history or (COMPRESSED if state.history else EXACT)
+        if _may_reuse(req, state):
+            aliases.lookups += 1
+            aliases.hits += state.history is not None
+        adapter.count_cached(req, state.chain.delta)
+
+
+def forget_deleted(result: None, tree: RadixCache, node: TreeNode) -> None:
+    """AFTER _delete_leaf: what the tree evicts cannot be found again."""
+    active.get().aliases.drop_ids(node.key.raw_token_ids())
+
+
+def forget_flushed(result: bool, *args: Any, **kwargs: Any) -> None:
+    """AFTER flush_cache."""
+    if result:
+        active.get().aliases.clear()
+
+
+def forget_outdated(result: None, *args: Any, **kwargs: Any) -> None:
+    """AFTER a weight update: nothing goes on from what other weights have computed."""
+    active.get().aliases.clear()

@@ -1,0 +1,171 @@
+"""Find compressed history again: from the tokens that made it to the chain of its spans.
+
+The store knows no KV. Whether the prefix cache still holds a chain is for the cache to say: its
+synthetic ids are found there or not, and nothing else is ever found under them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_tri.spans import SYNTHETIC, Chain, Span, span_number
+
+# Tokens per hash. Aliases that end in the same block are told apart token by token.
+BLOCK = 64
+
+
+class Lookup:
+    """What was worked out for one growing token sequence, so that nothing is done twice.
+
+    Attributes:
+        scope: what else must be equal for two sequences to share history.
+        verified: numbers of spans that its tokens were compared with.
+    """
+
+    def __init__(self, scope: Hashable, block_hash: Callable[[Hashable], int] = hash) -> None:
+        self.scope = scope
+        self.verified: set[int] = set()
+        self._hash = block_hash
+        self._hashes = [block_hash(scope)]
+
+    def hashes(self, tokens: array[int]) -> Sequence[int]:
+        """Rolling hashes of the first 0, 1, 2, ... whole blocks of `tokens`."""
+        for block in range(len(self._hashes) - 1, len(tokens) // BLOCK):
+            content = tokens[block * BLOCK : (block + 1) * BLOCK].tobytes()
+            self._hashes.append(self._hash((self._hashes[-1], content)))
+        return self._hashes
+
+
+@dataclass(frozen=True, eq=False)
+class Alias:
+    """A history that ends with a compressed span.
+
+    Attributes:
+        scope: as in `Lookup`.
+        chain: its spans; the last one is its own.
+        parent: the history up to the span before, which holds the tokens up to there.
+        tokens: the tokens from there to the end of its own span.
+        bucket: hash of its whole blocks.
+    """
+
+    scope: Hashable
+    chain: Chain
+    parent: Alias | None
+    tokens: array[int]
+    bucket: int
+
+    @property
+    def span(self) -> Span:
+        return self.chain.spans[-1]
+
+    def covers(self, scope: Hashable, tokens: array[int]) -> bool:
+        """Whether `tokens` begin with this history, compared token by token."""
+        if self.scope != scope:
+            return False
+        alias: Alias | None = self
+        while alias is not None:
+            start = alias.chain.end - len(alias.tokens)
+            if tokens[start : alias.chain.end] != alias.tokens:
+                return False
+            alias = alias.parent
+        return True
+
+
+class AliasStore:
+    """All aliases of one server, least recently used first.
+
+    Args:
+        limit: most aliases that are kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._aliases: OrderedDict[int, Alias] = OrderedDict()
+        self._buckets: dict[int, list[Alias]] = {}
+        self._spans = 0
+        self.lookups = 0
+        self.hits = 0
+        self.stale = 0
+
+    def __len__(self) -> int:
+        return len(self._aliases)
+
+    def new_span(self, start: int, end: int, first_slot: int, last_slot: int) -> Span:
+        """A span with ids that were never used before; see `Span`."""
+        self._spans += 1
+        return Span(self._spans, start, end, first_slot, last_slot)
+
+    def add(self, lookup: Lookup, tokens: array[int], chain: Chain, parent: Alias | None) -> Alias:
+        """Remember that `tokens`, cut off at the end of `chain`, lie in the slots of `chain`.
+
+        A history that is there already is replaced. Over the limit, the least recently used goes.
+        """
+        begin = parent.chain.end if parent else 0
+        bucket = lookup.hashes(tokens)[chain.end // BLOCK]
+        for known in list(self._buckets.get(bucket, ())):
+            if known.chain.end == chain.end and known.covers(lookup.scope, tokens):
+                self.drop(known)
+        alias = Alias(lookup.scope, chain, parent, tokens[begin : chain.end], bucket)
+        self._aliases[alias.span.number] = alias
+        self._buckets.setdefault(bucket, []).append(alias)
+        if len(self._aliases) > self._limit:
+            self.drop(next(iter(self._aliases.values())))
+        return alias
+
+    def find(self, lookup: Lookup, tokens: array[int]) -> Iterator[Alias]:
+        """Histories that `tokens` go on from, by at least one token; the longest first."""
+        for bucket in reversed(lookup.hashes(tokens)):
+            ending_here = self._buckets.get(bucket, ())
+            for alias in sorted(ending_here, key=lambda alias: -alias.chain.end):
+                if alias.chain.end < len(tokens) and _verify(alias, lookup, tokens):
+                    yield alias
+
+    def touch(self, alias: Alias) -> None:
+        """`alias` was used, and with it the history that it goes on from."""
+        for span in reversed(alias.chain.spans):
+            if span.number in self._aliases:
+                self._aliases.move_to_end(span.number)
+
+    def drop(self, alias: Alias) -> None:
+        """Forget one alias, if it is still there."""
+        if self._aliases.pop(alias.span.number, None) is None:
+            return
+        remaining = self._buckets[alias.bucket]
+        remaining.remove(alias)
+        if not remaining:
+            del self._buckets[alias.bucket]
+
+    def drop_ids(self, ids: array[int]) -> None:
+        """The prefix cache no longer holds `ids`: forget the aliases whose spans are among them."""
+        found = np.frombuffer(ids, dtype=np.int64)
+        for number in np.unique(span_number(found[found >= SYNTHETIC])).tolist():
+            if number in self._aliases:
+                self.drop(self._aliases[number])
+
+    def clear(self) -> None:
+        """Forget all aliases; ids are not used again all the same."""
+        self._aliases.clear()
+        self._buckets.clear()
+
+    def report(self) -> dict[str, int]:
+        """Counters, for `/server_info`."""
+        return {
+            "alias_lookups": self.lookups,
+            "alias_hits": self.hits,
+            "alias_stale": self.stale,
+            "live_spans": len(self._aliases),
+            "span_slots": sum(alias.span.slots for alias in self._aliases.values()),
+        }
+
+
+def _verify(alias: Alias, lookup: Lookup, tokens: array[int]) -> bool:
+    if alias.span.number not in lookup.verified:
+        if not alias.covers(lookup.scope, tokens):
+            return False
+        lookup.verified.add(alias.span.number)
+    return True
