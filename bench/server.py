@@ -23,7 +23,44 @@ class ServerFailed(RuntimeError):
     """The server ended before it was ready; the message holds the end of its log."""
 
 
-class Server:
+class Endpoint:
+    """A server that runs somewhere, by its URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def post(self, path: str, **body: Any) -> requests.Response:
+        return requests.post(f"{self.url}{path}", json=body, timeout=600)
+
+    def generate(self, **body: Any) -> Any:
+        """`/generate`; returns the decoded answer.
+
+        Raises:
+            requests.HTTPError: the server refused; with its reason.
+        """
+        response = self.post("/generate", **body)
+        if not response.ok:
+            raise requests.HTTPError(response.text, response=response)
+        return response.json()
+
+    def server_info(self) -> dict[str, Any]:
+        answer: dict[str, Any] = requests.get(f"{self.url}/server_info", timeout=60).json()
+        return answer
+
+    def internal_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.server_info()["internal_states"][0]
+        return state
+
+    def kv_policy(self) -> dict[str, Any]:
+        """The policy's report in `/server_info`."""
+        report: dict[str, Any] = self.internal_state()["kv_policy"]
+        return report
+
+    def flush_cache(self) -> bool:
+        return self.post("/flush_cache").ok
+
+
+class Server(Endpoint):
     """A running SGLang server; a context manager that waits for it and stops it.
 
     Args:
@@ -42,8 +79,8 @@ class Server:
         environment: Mapping[str, str] | None = None,
         on_wait: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__(f"http://127.0.0.1:{free_port()}")
         self.log = log
-        self.url = f"http://127.0.0.1:{free_port()}"
         self._on_wait = on_wait
         self._ready = False
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
@@ -108,32 +145,6 @@ class Server:
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-    def post(self, path: str, **body: Any) -> requests.Response:
-        return requests.post(f"{self.url}{path}", json=body, timeout=600)
-
-    def generate(self, **body: Any) -> Any:
-        """`/generate`; returns the decoded answer.
-
-        Raises:
-            requests.HTTPError: the server refused.
-        """
-        response = self.post("/generate", **body)
-        response.raise_for_status()
-        return response.json()
-
-    def internal_state(self) -> dict[str, Any]:
-        answer = requests.get(f"{self.url}/server_info", timeout=60).json()
-        state: dict[str, Any] = answer["internal_states"][0]
-        return state
-
-    def kv_policy(self) -> dict[str, Any]:
-        """The policy's report in `/server_info`."""
-        report: dict[str, Any] = self.internal_state()["kv_policy"]
-        return report
-
-    def flush_cache(self) -> bool:
-        return self.post("/flush_cache").ok
 
 
 def free_port() -> int:

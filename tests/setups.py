@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 BUDGET, INTERVAL = 48, 24
+ALIAS_LIMIT = 24
+# It marks the end of thinking.
+THINKING = Path(__file__).parents[1] / "bench" / "agent_template.jinja"
 PAGE_4 = ("--page-size", "4")
 SYNC = ("--disable-overlap-schedule",)
 # SGLang checks its pool after every step: used + free + cached slots must make the whole.
@@ -16,11 +20,14 @@ COMMON = (
     *("--max-total-tokens", "8192", "--chunked-prefill-size", "128"),
     # A random model asked for JSON would fill it with blanks for ever.
     *("--decode-log-interval", "1", "--constrained-json-disable-any-whitespace"),
+    *("--chat-template", str(THINKING)),
 )
 FUZZ = (
     *("--max-total-tokens", "1536", "--max-running-requests", "8", "--chunked-prefill-size", "64"),
     *("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"),
+    *("--kv-alias-limit", str(ALIAS_LIMIT)),
 )
+LONGEST_PREFIX = ("--schedule-policy", "lpm")
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ SETUPS = {
     "page1-overlap": Setup(),
     "page1-sync": Setup(arguments=(*COMMON, *SYNC)),
     "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4)),
-    "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC)),
+    "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX)),
     "llama3": Setup(kind="llama3"),
     "yarn": Setup(kind="yarn"),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),

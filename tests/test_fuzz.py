@@ -1,4 +1,4 @@
-"""A thousand random requests with retraction and preemption, under strict memory checks."""
+"""A thousand random turns with retraction and preemption, under strict memory checks."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.simulator.conversation import Restart
 from bench.simulator.oracle import Oracle
 from bench.simulator.policies import make_policy
-from tests.client import Ask, send, send_all, tokens_of
+from tests.client import Ask, recorded_rounds, send, send_all, tokens_of
 from tests.conftest import Running
+from tests.probing import ask
+from tests.setups import ALIAS_LIMIT
 from tests.test_serving import wait_idle
 
-REQUESTS, AT_ONCE = 1000, 16
+REQUESTS, AT_ONCE = 700, 16
 POLICIES: list[dict[str, Any]] = [
     {"budget": 24, "interval": 16},
-    {"budget": 12, "interval": 8, "recent": 4, "eviction_mode": "per-layer-per-head"},
-    {"budget": 20, "interval": 20, "eviction_mode": "union"},
-    {"policy": "streaming", "budget": 16, "interval": 16},
+    {"budget": 18, "interval": 17, "eviction_mode": "per-layer-per-head"},
+    {"budget": 12, "interval": 8, "recent": 4, "eviction_mode": "union", "reuse": "prompt"},
+    {"policy": "streaming", "budget": 20, "interval": 16},
     {"policy": "none"},
 ]
 FUZZED = pytest.mark.parametrize("server", ["fuzz-page1", "fuzz-page4"], indirect=True)
@@ -61,8 +64,18 @@ def run_one(running: Running, index: int) -> str:
         assert aborted, response.text
         return "abort"
     body = response.json()
-    meta = (body[0] if isinstance(body, list) else body)["meta_info"]
-    return meta["finish_reason"]["type"]
+    answer = body[0] if isinstance(body, list) else body
+    if rng.random() < 0.3:
+        go_on(running, request, answer)
+    return answer["meta_info"]["finish_reason"]["type"]
+
+
+def go_on(running: Running, request: dict[str, Any], answer: dict[str, Any]) -> None:
+    """The next turn, over all that was said so far."""
+    said = tokens_of(request["text"]) + answer["output_ids"]
+    params = {key: value for key, value in request["sampling_params"].items() if key != "n"}
+    more = {"input_ids": said + tokens_of(" Go on."), "sampling_params": params}
+    assert running.server.post("/generate", **more, priority=request["priority"]).ok
 
 
 def abort(running: Running, rid: str) -> None:
@@ -81,6 +94,7 @@ def test_random_requests(server: Running) -> None:
     assert wait_idle(server)["preempted"] > 0
     report = server.server.kv_policy()
     assert report["rounds"] > 500
+    assert report["alias_hits"] > 30
     log = server.server.log.read_text()
     assert "#retracted_reqs: " in log
     assert "memory leak" not in log
@@ -98,49 +112,59 @@ def test_exact_after_the_storm(server: Running) -> None:
     assert len(judged.rounds) >= 5
 
 
-@pytest.mark.parametrize("server", ["fuzz-page1"], indirect=True)
-def test_retracted_requests_are_exact(server: Running) -> None:
-    """After a retraction everything generated so far counts as prompt, and is prefilled in full."""
-    settings = {"budget": 8, "interval": 4, "recent": 4}
+@FUZZED
+@pytest.mark.parametrize("reuse", ["continuation", "prompt"])
+def test_retracted_requests_are_exact(server: Running, reuse: str) -> None:
+    """They resume from their compressed history, or prefill all of it; both as the oracle does."""
+    settings = {"budget": 20, "interval": 16}
     oracle = Oracle(server.model, server.stats)
     policy = make_policy("triattention", **settings)
     verified = 0
-    for attempt in range(12):
+    for attempt in range(8):
         length = 130 + 11 * attempt  # Retractions come at a fixed interval: meet it out of step.
         prompts = [tokens_of(f"{attempt} {n} Retract me") for n in range(6)]
-        asks = [Ask(prompt, length, settings, temperature=1.0) for prompt in prompts]
-        for answer in send_all(server, asks):
-            segments = rounds_by_start(server, answer.rid)
-            restarts = [start - len(answer.ask.prompt) for start in sorted(segments)[1:]]
-            if not restarts or len(restarts) != answer.meta["num_retractions"]:
-                continue  # Retracted twice without a round between: the trace can't tell where.
-            recorded = counted_rounds(segments)
+        own = {**settings, "reuse": reuse}
+        answers = send_all(
+            server, [Ask(prompt, length, own, temperature=1.0) for prompt in prompts]
+        )
+        resumed = ask(server.probe)["resumed"]
+        for answer in answers:
+            restarts = [Restart(*found) for found in resumed.get(answer.rid, ())]
+            assert len(restarts) == answer.meta["num_retractions"]
+            compressed = [found for found in restarts if found.reused > len(answer.ask.prompt)]
+            verified += len(compressed if reuse == "continuation" else restarts)
+            assert reuse == "continuation" or not compressed
             judged = oracle.replay(
-                answer.ask.prompt, answer.ids, policy, recorded=recorded, restarts=restarts
+                answer.ask.prompt,
+                answer.ids,
+                policy,
+                server.setup.page_size,
+                recorded_rounds(server.trace, answer.rid),
+                restarts,
             )
             assert np.abs(judged.logprobs - answer.logprobs).max() < 1e-4
-            verified += 1
         if verified >= 3:
             return
-    pytest.fail(f"only {verified} retracted requests could be judged")
+    pytest.fail(f"only {verified} retractions could be judged")
 
 
-def rounds_by_start(server: Running, rid: str) -> dict[int, list[dict[str, np.ndarray]]]:
-    """A request's rounds by the first evictable slot, which every retraction moves."""
-    segments: dict[int, list[dict[str, np.ndarray]]] = {}
-    for path in sorted(server.trace.glob(f"{rid}-*.npz")):
-        done = dict(np.load(path))
-        segments.setdefault(int(done["start"]), []).append(done)
-    return segments
-
-
-def counted_rounds(segments: dict[int, list[dict[str, np.ndarray]]]) -> list[np.ndarray]:
-    """Without a round before the step that was under way at a retraction: its token is dropped."""
-    starts = sorted(segments)
-    ends = [*(start - 1 for start in starts[1:]), np.inf]
-    return [
-        done["kept"]
-        for start, end in zip(starts, ends, strict=True)
-        for done in segments[start]
-        if done["logical"] < end
-    ]
+@pytest.mark.parametrize("server", ["fuzz-page1"], indirect=True)
+def test_a_full_store_forgets_the_oldest(server: Running) -> None:
+    """More conversations than --kv-alias-limit: the first ones start again, with right answers."""
+    settings = {"budget": 16, "interval": 16}
+    server.server.flush_cache()
+    oracle = Oracle(server.model, server.stats)
+    policy = make_policy("triattention", **settings)
+    talks = [oracle.conversation(policy) for _ in range(ALIAS_LIMIT + 1)]
+    first = [Ask(tokens_of(f"{index:3} talk"), 34, settings) for index in range(len(talks))]
+    firsts = [send(server, request) for request in first]
+    assert server.server.kv_policy()["live_spans"] == ALIAS_LIMIT
+    for number, kept in ((0, "exact"), (len(talks) - 1, "compressed")):
+        answer, talk = firsts[number], talks[number]
+        talk.turn(answer.ask.prompt, answer.ids, 0, recorded_rounds(server.trace, answer.rid))
+        prompt = answer.ask.prompt + answer.ids + tokens_of(" go on")
+        again = send(server, Ask(prompt, 40, settings))
+        assert again.meta["kv_policy"]["history"] == kept
+        cached = again.meta["cached_tokens"]
+        judged = talk.turn(prompt, again.ids, cached, recorded_rounds(server.trace, again.rid))
+        assert np.abs(judged.logprobs - again.logprobs).max() < 1e-4

@@ -32,7 +32,7 @@ STREAMING = [
     {"policy": "streaming", "sinks": 0, "budget": 40, "interval": 30},
 ]
 ODD = [
-    {"recent": 0, "budget": 61, "interval": 17},
+    {"recent": 0, "budget": 61, "interval": 17, "reuse": "prompt"},
     {"recent": 17, "budget": 17, "interval": 17},
 ]
 
@@ -53,6 +53,7 @@ def replay(oracle: Oracle, running: Running, answer: Answer) -> Replay:
     settings = {"policy": "triattention", "budget": BUDGET, "interval": INTERVAL}
     settings |= answer.ask.policy
     name = str(settings.pop("policy"))
+    settings.pop("reuse", None)
     if name == "triattention":
         settings["mode"] = settings.pop("eviction_mode", "per-head")
     return oracle.replay(

@@ -1,7 +1,8 @@
 """A plugin of the tests' own that looks into the scheduler's pool, independent of the project.
 
 It answers when a file named `ask` appears in `$KV_PROBE_FOLDER`: digests of the slots that the
-radix tree owns, and the most slots that were ever in use. Lengths come from the allocator.
+radix tree owns, the most slots that were ever in use, and what retracted requests resumed from.
+Lengths come from the allocator.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 _peak = {"used": 0}
 _preempted = {"times": 0}
+_resumed = {}
 
 
 def load() -> None:
@@ -24,6 +26,9 @@ def load() -> None:
     )
     HookRegistry.register(
         prefix + "schedule_policy.PrefillAdder.preempt_to_schedule", _preempt, HookType.AFTER
+    )
+    HookRegistry.register(
+        prefix + "schedule_policy.PrefillAdder.add_one_req", _resume, HookType.AFTER
     )
     HookRegistry.register(
         prefix + "scheduler.Scheduler.process_input_requests", _answer, HookType.AFTER
@@ -39,6 +44,14 @@ def _preempt(result, *args):
     _preempted["times"] += bool(result)
 
 
+def _resume(result, adder, req, *args, **kwargs):
+    """Of a request that was retracted: its output tokens, and how many tokens were found."""
+    if req.retraction_count and adder.can_run_list and adder.can_run_list[-1] is req:
+        compressed = req.seqlen - len(req.full_untruncated_fill_ids)
+        found = len(req.prefix_indices) + compressed
+        _resumed.setdefault(req.rid, []).append([len(req.output_ids), found])
+
+
 def _answer(result, scheduler, requests):
     folder = Path(os.environ["KV_PROBE_FOLDER"])
     if not (folder / "ask").exists():
@@ -46,6 +59,7 @@ def _answer(result, scheduler, requests):
     report = {
         "peak_used": _peak["used"],
         "preempted": _preempted["times"],
+        "resumed": _resumed,
         "tree": _tree_digests(scheduler),
         "free": scheduler.token_to_kv_pool_allocator.available_size(),
         "size": scheduler.token_to_kv_pool_allocator.size,
