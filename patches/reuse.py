@@ -44,7 +44,7 @@ def start_prefill(
     state.uncounted = True
     original(req, tree_cache, *args, **kwargs)
     if len(req.prefix_indices) < state.chain.last_slot:
-        forget_history(req, state)  # SGLang was told to ignore what it finds.
+        state.history = None  # SGLang was told to ignore what it finds.
     if state.history:
         adapter.use_physical_ids(req, state.chain)
 

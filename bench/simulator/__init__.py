@@ -3,7 +3,8 @@
 The server's outputs, log-probabilities and eviction choices are checked against it.
 """
 
-from .oracle import Oracle, Replay
+from .conversation import Conversation, Restart
+from .oracle import Oracle
 from .policies import (
     Candidates,
     NoEviction,
@@ -16,14 +17,17 @@ from .policies import (
 from .request import Round
 from .selection import RoundMismatch
 from .stats import Stats, load_stats
+from .trace import Replay
 
 __all__ = [
     "Candidates",
+    "Conversation",
     "NoEviction",
     "Oracle",
     "Policy",
     "Ranking",
     "Replay",
+    "Restart",
     "Round",
     "RoundMismatch",
     "Stats",

@@ -1,4 +1,4 @@
-"""The KV lists of one request in one layer."""
+"""The KV lists of one conversation in one layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class LayerCache:
     """Per KV head the list of resident tokens, in logical order.
 
     All heads hold equally many tokens m, but after a round with sets of their own not the same.
+    Tensors are replaced, never written to, so a shallow copy is a copy.
     """
 
     keys: torch.Tensor
@@ -55,3 +56,11 @@ class LayerCache:
         self.rotated = self.rotated[rows, places]
         self.values = self.values[rows, places]
         self.positions = self.positions[rows, places]
+
+    def truncate(self, length: int) -> None:
+        """Drop logical positions from `length` on; every head must hold equally many below."""
+        size = int((self.positions[0] < length).sum())
+        self.keys = self.keys[:, :size]
+        self.rotated = self.rotated[:, :size]
+        self.values = self.values[:, :size]
+        self.positions = self.positions[:, :size]

@@ -1,4 +1,4 @@
-"""One request from its prefill on: when rounds fall due, and what they do to the KV lists."""
+"""One request from its prefill on: when rounds fall due, and what they choose."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .decoder import Decoder
+from .history import History
 from .policies import Candidates, Policy
 from .selection import RoundMismatch, reconcile, select
 from .stats import Stats
@@ -50,6 +51,13 @@ class Ledger:
         self.tolerance = tolerance
         self.rounds: list[Round] = []
 
+    def expects(self, length: int) -> bool:
+        """Whether the next recorded round was held at a logical length of at most `length`."""
+        number = len(self.rounds)
+        if self.recorded is None or number >= len(self.recorded):
+            return False
+        return int(np.asarray(self.recorded[number]).max()) < length
+
     def decide(self, step: int, candidates: Candidates) -> torch.Tensor:
         """Note a round and return its kept candidates: int64 [layers or 1, kv heads or 1, keep]."""
         selection = select(self.policy.rank(candidates), candidates.keep)
@@ -77,54 +85,64 @@ class Ledger:
 
 
 class Request:
-    """The KV lists of a request whose first tokens were prefilled in full."""
+    """Extends a history by tokens, and evicts within a private region at its end."""
 
-    def __init__(self, decoder: Decoder, ids: list[int], page_size: int, ledger: Ledger) -> None:
+    def __init__(self, decoder: Decoder, history: History, page_size: int, ledger: Ledger) -> None:
         policy = ledger.policy
         self.decoder = decoder
+        self.history = history
+        self.page_size = page_size
         self.ledger = ledger
         self.keep = round_up(policy.budget, page_size)
         self.limit = self.keep + round_up(policy.interval, page_size)
-        self.start = round_up(len(ids), page_size)
-        """Slots below are never evicted."""
-        self.length = 0
-        """Logical length t."""
-        self.cache = decoder.new_cache()
-        self.hidden = self.feed(ids)[-1:]
-        """Final hidden state of the prefill's last token: [1, width]."""
+        self.open_region()
 
-    @property
-    def physical(self) -> int:
-        """Resident tokens of a head."""
-        return len(self.cache[0])
+    def open_region(self) -> None:
+        """All that is resident, up to a whole page, is beyond eviction from now on."""
+        self.start = round_up(self.history.physical, self.page_size)
+        """Slots (list places) below are never evicted."""
+        self.begin = self.start + self.history.delta
+        """Logical position of the first token in the region."""
+
+    def prefill(self, ids: list[int], reused: int) -> torch.Tensor:
+        """Cut the history back to the first `reused` of these tokens, feed the others.
+
+        ids: the whole logical prompt. Returns the final hidden state of its last token [1, width].
+        """
+        if not 0 <= reused < len(ids):
+            raise ValueError(f"{reused} tokens reused of a prompt of {len(ids)}")
+        self.history.truncate(reused)
+        hidden = self.feed(ids[reused:])[-1:]
+        self.open_region()
+        return hidden
 
     def steps_until_round(self) -> int | None:
         """Decode steps that run before the next round; None: there will be none."""
         if not self.ledger.policy.evicts:
             return None
-        return max(0, self.start + self.limit - self.physical)
+        return max(0, self.start + self.limit - self.history.physical)
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Run these tokens at the next logical positions; final hidden states [T, width]."""
-        hidden = self.decoder.feed(ids, self.length, self.cache)
-        self.length += len(ids)
+        hidden = self.decoder.feed(ids, self.history.length, self.history.cache)
+        self.history.length += len(ids)
         return hidden
 
     def evict(self, step: int) -> None:
         """Hold the round that precedes decode step `step`."""
+        cache = self.history.cache
         candidates = Candidates(
-            keys=torch.stack([kv.keys[:, self.start :] for kv in self.cache]),
-            values=torch.stack([kv.values[:, self.start :] for kv in self.cache]),
-            positions=torch.stack([kv.positions[:, self.start :] for kv in self.cache]),
-            length=self.length,
+            keys=torch.stack([kv.keys[:, self.start :] for kv in cache]),
+            values=torch.stack([kv.values[:, self.start :] for kv in cache]),
+            positions=torch.stack([kv.positions[:, self.start :] for kv in cache]),
+            length=self.history.length,
             keep=self.keep,
             rope=self.decoder.rope,
             stats=self.ledger.stats,
         )
         index = self.ledger.decide(step, candidates)
-        shared = index.expand(len(self.cache), self.decoder.kv_heads, -1)
-        for kv, own in zip(self.cache, shared, strict=True):
-            kv.keep(self.start, own)
+        shared = index.expand(len(cache), self.decoder.kv_heads, -1)
+        self.history.keep(self.start, self.begin, shared)
 
 
 def round_up(tokens: int, page_size: int) -> int:

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from .decoder import Decoder
+from .request import Ledger, Round
 
 # Bounds the size of one matrix of logits.
 _ROWS = 256
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What the model says along one output; arrays have one entry (row) an output token."""
+
+    output_ids: np.ndarray
+    """int64 [n]."""
+    logprobs: np.ndarray
+    """Log-probability (nats) of the output token: float64 [n]."""
+    greedy: np.ndarray
+    """The most probable token: int64 [n]."""
+    margins: np.ndarray
+    """Best logit minus the second: float64 [n]."""
+    physical: np.ndarray
+    """Resident tokens of a head when the output token is sampled: int64 [n]."""
+    rounds: list[Round]
+    """Those that precede an output token."""
+    followed: int
+    """Kept sets taken from the record against the oracle's own choice, over all rounds held."""
+    surplus: int
+    """Recorded rounds that precede no output token."""
+    logits: np.ndarray | None
+    """float64 [n, vocabulary], only if asked for."""
 
 
 class Trace:
@@ -43,6 +71,18 @@ class Trace:
             if self.logits is not None:
                 self.logits.append(logits)
 
-    def all_logits(self) -> np.ndarray | None:
-        """float64 [output tokens, vocabulary], if kept."""
-        return None if self.logits is None else torch.cat(self.logits).numpy()
+    def replay(self, ledger: Ledger, discarded: Collection[int] = ()) -> Replay:
+        """The result; discarded: decode steps that gave no output token."""
+        rounds = [done for done in ledger.rounds if done.step not in discarded]
+        recorded = len(rounds) if ledger.recorded is None else len(ledger.recorded)
+        return Replay(
+            output_ids=np.array(self.output_ids, dtype=np.int64),
+            logprobs=np.array(self.logprobs),
+            greedy=np.array(self.greedy, dtype=np.int64),
+            margins=np.array(self.margins),
+            physical=np.array(self.physical, dtype=np.int64),
+            rounds=rounds,
+            followed=sum(done.followed for done in ledger.rounds),
+            surplus=recorded - len(rounds),
+            logits=None if self.logits is None else torch.cat(self.logits).numpy(),
+        )
