@@ -17,6 +17,8 @@ import requests
 
 READY_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
+# Stock SGLang: of our plugins only the platform that makes it run without an accelerator.
+STOCK_ENVIRONMENT = {"SGLANG_PLUGINS": "sglang_tri_cpu"}
 
 
 class ServerFailed(RuntimeError):
@@ -57,7 +59,8 @@ class Endpoint:
         return report
 
     def flush_cache(self) -> bool:
-        return self.post("/flush_cache").ok
+        """Empty the radix cache, once nothing is running."""
+        return self.post("/flush_cache?timeout=30").ok
 
 
 class Server(Endpoint):

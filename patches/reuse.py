@@ -95,7 +95,9 @@ def _may_reuse(req: Req, state: RequestState) -> bool:
     )
 
 
-def count_matched(result: MatchResult, tree_cache: BasePrefixCache, req: Req, *args: Any) -> None:
+def count_matched(
+    result: MatchResult, tree_cache: BasePrefixCache, req: Req, *args: Any, **kwargs: Any
+) -> None:
     """AFTER match_prefix_for_req: the scheduler weighs prefixes by the prefill that they save."""
     state = adapter.state_of(req)
     if state is not None:

@@ -119,6 +119,8 @@ class AliasStore:
 
     def find(self, lookup: Lookup, tokens: array[int]) -> Iterator[Alias]:
         """Histories that `tokens` go on from, by at least one token; the longest first."""
+        if not self._aliases:
+            return
         for bucket in reversed(lookup.hashes(tokens)):
             ending_here = self._buckets.get(bucket, ())
             for alias in sorted(ending_here, key=lambda alias: -alias.chain.end):

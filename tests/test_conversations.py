@@ -78,6 +78,11 @@ def whole_pages(server: Running, tokens: int) -> int:
     return tokens // server.setup.page_size * server.setup.page_size
 
 
+def plain_part(server: Running, answer: Answer) -> int:
+    """The prompt, and what fills its last page: the first tokens of the answer, never evicted."""
+    return whole_pages(server, len(answer.ask.prompt) + server.setup.page_size - 1)
+
+
 def history(answer: Answer) -> str:
     return answer.meta["kv_policy"]["history"]
 
@@ -134,7 +139,7 @@ def test_a_trimmed_answer(server: Running, lost: int) -> None:
         assert answer.meta["cached_tokens"] == whole_pages(server, kept)
         assert history(answer) == "compressed"
     else:
-        assert answer.meta["cached_tokens"] == whole_pages(server, len(first.ask.prompt))
+        assert answer.meta["cached_tokens"] == plain_part(server, first)
         assert history(answer) == "exact"
 
 
@@ -144,7 +149,7 @@ def test_nobody_else_reads_it(server: Running) -> None:
     talk = Talk(server, "private")
     first = talk.turn("Begin.")
     prompt = [*talk.tokens, *tokens_of(" Next.")]
-    plain = whole_pages(server, len(first.ask.prompt))
+    plain = plain_part(server, first)
     for policy in ({"budget": BUDGET + 4}, {"eviction_mode": "union"}, {"reuse": "prompt"}):
         answer = send(server, Ask(prompt, 4, policy))
         assert history(answer) == "exact", policy

@@ -14,7 +14,7 @@ import pytest
 from bench.simulator.conversation import Restart
 from bench.simulator.oracle import Oracle
 from bench.simulator.policies import make_policy
-from tests.client import Ask, recorded_rounds, send, send_all, tokens_of
+from tests.client import Answer, Ask, recorded_rounds, send, send_all, tokens_of
 from tests.conftest import Running
 from tests.probing import ask
 from tests.setups import ALIAS_LIMIT
@@ -131,6 +131,8 @@ def test_retracted_requests_are_exact(server: Running, reuse: str) -> None:
         for answer in answers:
             restarts = [Restart(*found) for found in resumed.get(answer.rid, ())]
             assert len(restarts) == answer.meta["num_retractions"]
+            if any(computed_twice(server, answer, restart) for restart in restarts):
+                continue
             compressed = [found for found in restarts if found.reused > len(answer.ask.prompt)]
             verified += len(compressed if reuse == "continuation" else restarts)
             assert reuse == "continuation" or not compressed
@@ -146,6 +148,18 @@ def test_retracted_requests_are_exact(server: Running, reuse: str) -> None:
         if verified >= 3:
             return
     pytest.fail(f"only {verified} retractions could be judged")
+
+
+def computed_twice(server: Running, answer: Answer, restart: Restart) -> bool:
+    """Whether a resumed request computed tokens again that a round has already passed.
+
+    SGLang computes the last page of every prompt, then finds the same page in the tree and goes on
+    with that one: both are right, but not alike, and which step reads which depends on the timing.
+    """
+    prompt = len(answer.ask.prompt)
+    rounds = [int(np.load(path)["logical"]) for path in server.trace.glob(f"{answer.rid}-*.npz")]
+    again = range(restart.reused + 1, prompt + restart.outputs + 1)
+    return restart.reused > prompt and any(length in again for length in rounds)
 
 
 @pytest.mark.parametrize("server", ["fuzz-page1"], indirect=True)

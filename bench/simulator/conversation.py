@@ -140,11 +140,16 @@ def _decode(
 def _discard(request: Request, outputs: list[int], end: int, closes: Sequence[int]) -> None:
     """Feed the last of `end` output tokens: a step that an overlapped schedule has begun by then.
 
-    Where that did not happen, nobody reuses the token; but a round before it is held for certain
-    only if it is in the record.
+    Where that did not happen, nobody reuses the token; but a round before it, or before the step
+    after it that a retraction has stopped, is held for certain only if it is in the record.
     """
-    if end - 1 in closes:
+    _hold_recorded(request, end, end - 1 in closes)
+    request.feed(outputs[end - 1 : end])
+    _hold_recorded(request, end, end in closes)
+
+
+def _hold_recorded(request: Request, end: int, closes: bool) -> None:
+    if closes:
         request.open_region()
     if request.steps_until_round() == 0 and request.ledger.expects(request.history.length):
         request.evict(end)
-    request.feed(outputs[end - 1 : end])
