@@ -31,12 +31,13 @@ def plan_rounds(batch: ScheduleBatch, selected_indices: list[int] | None = None)
 def _find_due(batch: ScheduleBatch, runtime: Runtime) -> dict[int, Due]:
     """The requests with a full private region, by their index in the batch."""
     due = {}
+    may_think = bool(active.get().think_end)
     for index, req in enumerate(batch.reqs):
         state = adapter.state_of(req)
         if state is None:
             continue
         length = adapter.physical_length(req)
-        if not state.regions or thinking.ends(req, state, length):
+        if not state.regions or (may_think and thinking.ends(req, state, length)):
             state.open_region(length, runtime.page_size)
         region = state.regions[-1]
         if length >= region.due_at:

@@ -37,12 +37,14 @@ def _template(scheduler: Scheduler) -> str:
 
 
 def ends(req: Req, state: RequestState, length: int) -> bool:
-    """Whether the last of the request's `length` slots holds the end of its thinking."""
-    mark = active.get().think_end
-    if not mark or not state.thinking or not state.settings.continues:
+    """Whether the last of the request's `length` slots holds the end of its thinking.
+
+    Only for models whose end of thinking is marked.
+    """
+    if not state.thinking or not state.settings.continues:
         return False
     if state.think_end is None:
-        found = _find(req.output_ids, mark, state.scanned)
+        found = _find(req.output_ids, active.get().think_end, state.scanned)
         state.scanned = len(req.output_ids)
         if found is None:
             return False
