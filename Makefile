@@ -24,7 +24,7 @@ clean:
 
 .venv/.ready: pyproject.toml Makefile | $(UV)
 	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.13' .venv
-	$(UV) pip install --quiet --python $(PYTHON) 'sglang==$(SGLANG)' -e '.[dev]'
+	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) 'sglang==$(SGLANG)' -e '.[dev]'
 	touch $@
 
 .uv/bin/uv:

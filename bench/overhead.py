@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,15 +20,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench.machine import machine
 from bench.planning import measure
-from bench.server import Server
+from bench.server import STOCK_ENVIRONMENT, Server
 from bench.tiny_models import make_model, make_stats
 
 BUDGET, INTERVAL = 256, 64
 REQUESTS = 8
 SHORT_REPEATS = 3  # Runs of case (a) take seconds: more of them for each run of case (b).
 PROMPT = "Work through the following problem step by step. "
-STOCK_ENVIRONMENT = {"SGLANG_PLUGINS": "sglang_tri_cpu"}
 ARMS = ("stock", "triattention")
 
 
@@ -96,7 +95,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not report["rounds"]:
         raise RuntimeError("no round happened: nothing was measured")
     return {
-        "machine": f"{platform.machine()}, {_processor()}",
+        "machine": machine(),
         "budget": BUDGET,
         "interval": INTERVAL,
         "requests": REQUESTS,
@@ -105,12 +104,6 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "evicting": evicting,
         "policy": report,
     }
-
-
-def _processor() -> str:
-    """CPU model, as Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "?")
 
 
 def print_tables(result: dict[str, Any]) -> None:

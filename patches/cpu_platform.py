@@ -17,7 +17,9 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+    from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.server_args import ServerArgs
 
 # Slots of the KV pool unless a flag sizes it: host memory would hold millions of a small model,
@@ -93,7 +95,12 @@ class TorchCpuPlatform(CpuSRTPlatform):
 
         Functions that SGLang and llguidance hand to `torch.compile` (masks, penalties) run as
         they are: compiling one takes half a minute, in the middle of serving, and a C++ compiler.
+
+        `torch_native` attention becomes `cpu_attention.PrefixAttention`.
         """
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        register_attention_backend("torch_native")(_make_attention)
         torch.compiler.set_stance("force_eager")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() - OTHER_PROCESSES))
@@ -123,3 +130,10 @@ class TorchCpuPlatform(CpuSRTPlatform):
         from sglang_tri.patches.cpu_allocator import make_allocator
 
         return make_allocator
+
+
+def _make_attention(runner: ModelRunner) -> AttentionBackend:
+    # Not while SGLang imports its model runner, which calls `init_backend` in passing.
+    from sglang_tri.patches.cpu_attention import PrefixAttention
+
+    return PrefixAttention(runner)

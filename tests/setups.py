@@ -8,7 +8,7 @@ from pathlib import Path
 BUDGET, INTERVAL = 48, 24
 ALIAS_LIMIT = 24
 # It marks the end of thinking.
-THINKING = Path(__file__).parents[1] / "bench" / "agent_template.jinja"
+THINKING = Path(__file__).parents[1] / "bench" / "agent" / "template.jinja"
 PAGE_4 = ("--page-size", "4")
 SYNC = ("--disable-overlap-schedule",)
 # SGLang checks its pool after every step: used + free + cached slots must make the whole.

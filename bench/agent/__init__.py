@@ -1,0 +1,1 @@
+"""What `bench.agents` and `bench.frontend_program` are made of."""
