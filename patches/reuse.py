@@ -83,7 +83,7 @@ def match_prefix(
             return result
         aliases.stale += 1
         aliases.drop(alias)
-    state.history = None
+    forget_history(req, state)
     return original(tree, params)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,17 +27,21 @@ class Lookup:
         verified: numbers of spans that its tokens were compared with.
     """
 
-    def __init__(self, scope: Hashable, block_hash: Callable[[Hashable], int] = hash) -> None:
+    def __init__(self, scope: Hashable) -> None:
         self.scope = scope
         self.verified: set[int] = set()
-        self._hash = block_hash
-        self._hashes = [block_hash(scope)]
+        self._hashes = [self.block_hash(scope)]
+
+    @staticmethod
+    def block_hash(content: Hashable) -> int:
+        """Of a block and of the hash of all before it; two may have the same."""
+        return hash(content)
 
     def hashes(self, tokens: array[int]) -> Sequence[int]:
         """Rolling hashes of the first 0, 1, 2, ... whole blocks of `tokens`."""
         for block in range(len(self._hashes) - 1, len(tokens) // BLOCK):
             content = tokens[block * BLOCK : (block + 1) * BLOCK].tobytes()
-            self._hashes.append(self._hash((self._hashes[-1], content)))
+            self._hashes.append(self.block_hash((self._hashes[-1], content)))
         return self._hashes
 
 
@@ -121,7 +125,8 @@ class AliasStore:
         """Histories that `tokens` go on from, by at least one token; the longest first."""
         if not self._aliases:
             return
-        for bucket in reversed(lookup.hashes(tokens)):
+        # Hashes that collide name a bucket more than once.
+        for bucket in dict.fromkeys(reversed(lookup.hashes(tokens))):
             ending_here = self._buckets.get(bucket, ())
             for alias in sorted(ending_here, key=lambda alias: -alias.chain.end):
                 if alias.chain.end < len(tokens) and _verify(alias, lookup, tokens):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_tri.aliases import BLOCK, Alias, AliasStore, Lookup
 from sglang_tri.config import KvPolicyConfig
+from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.rounds import Region
 from sglang_tri.spans import SYNTHETIC, Chain
 
@@ -22,13 +24,18 @@ def text(length: int, seed: int = 0) -> array[int]:
 
 
 def remember(
-    store: AliasStore, tokens: array[int], end: int, parent: Alias | None = None, slots: int = 8
+    store: AliasStore,
+    tokens: array[int],
+    end: int,
+    parent: Alias | None = None,
+    slots: int = 8,
+    first: int | None = None,
 ) -> Alias:
     """A span of `slots` slots for what `tokens` go on with behind `parent`, up to `end`."""
     before = parent.chain if parent else Chain()
-    start = before.end + 5
-    first = before.physical_length(start)
-    span = store.new_span(start, end, first, first + slots)
+    start = first or before.end + 5
+    slot = before.physical_length(start)
+    span = store.new_span(start, end, slot, slot + slots)
     return store.add(Lookup(SCOPE), tokens, before.then(span), parent)
 
 
@@ -92,17 +99,15 @@ def test_longest_first() -> None:
     assert found(store, tokens) == [third, second, first]
 
 
-def test_colliding_hashes_are_told_apart() -> None:
-    def collide(content: object) -> int:
-        return 1
-
+def test_colliding_hashes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lookup, "block_hash", staticmethod(lambda content: 1))
     store, tokens, others = AliasStore(9), text(3 * BLOCK), text(3 * BLOCK, seed=2)
     chains = [Chain((store.new_span(5, 2 * BLOCK, 5, 9),)) for _ in range(2)]
-    lookups = [Lookup(SCOPE, collide), Lookup(SCOPE, collide), Lookup("other", collide)]
+    lookups = [Lookup(SCOPE), Lookup(SCOPE), Lookup("other")]
     ours = store.add(lookups[0], tokens, chains[0], None)
     theirs = store.add(lookups[1], others, chains[1], None)
-    assert set(store.find(lookups[0], tokens)) == {ours}
-    assert set(store.find(lookups[1], others)) == {theirs}
+    assert list(store.find(lookups[0], tokens)) == [ours]
+    assert list(store.find(lookups[1], others)) == [theirs]
     assert list(store.find(lookups[2], tokens)) == []
 
 
@@ -113,6 +118,18 @@ def test_tokens_are_compared_once() -> None:
     assert list(store.find(lookup, tokens)) == [alias]
     tokens[7] += 1  # Never happens: requests only grow. It shows that nobody looks again.
     assert list(store.find(lookup, tokens)) == [alias]
+
+
+def test_a_physical_prompt_is_as_long_as_its_slots() -> None:
+    """SGLang may keep answers out of its tree: it goes by the prompt's length then."""
+    store, tokens = AliasStore(9), text(300)
+    prompt = remember(store, tokens, 100)
+    answer = remember(store, tokens, 250, prompt, first=125)
+    req = SimpleNamespace(origin_input_ids=tokens[:120], output_ids=tokens[120:])
+    with adapter.physical_tokens(req, answer.chain):
+        assert len(req.origin_input_ids) == 120 - prompt.chain.delta
+        assert req.origin_input_ids + req.output_ids == answer.chain.physical_ids(tokens)
+    assert (req.origin_input_ids, req.output_ids) == (tokens[:120], tokens[120:])
 
 
 def test_the_newest_of_two_equal_histories_is_found() -> None:

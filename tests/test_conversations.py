@@ -186,6 +186,22 @@ def salted(server: Running, ids: list[int], salt: str) -> dict[str, Any]:
     return {**answer["meta_info"], "output_ids": answer["output_ids"]}
 
 
+@ONE
+def test_sessions(server: Running) -> None:
+    """SGLang puts the turns of a session together: the history is found as if it was sent."""
+    begin = tokens_of("A session that the server keeps.")
+    session = server.server.post("/open_session", capacity_of_str_len=10000).json()
+    params = {"max_new_tokens": LONG, "ignore_eos": True, "temperature": 0}
+    rid = None
+    for turn, ids in enumerate((begin, tokens_of(" Next."), tokens_of(" And next."))):
+        answer = server.server.generate(
+            input_ids=ids, sampling_params=params, session_params={"id": session, "rid": rid}
+        )
+        info, rid = answer["meta_info"], answer["meta_info"]["id"]
+        assert info["kv_policy"]["history"] == ("compressed" if turn else "exact")
+        assert info["cached_tokens"] >= turn * LONG
+
+
 @OVERLAP
 def test_prompt_logprobs_are_of_the_whole_prompt(server: Running) -> None:
     """They need every prompt token computed: no compressed history for that request."""

@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -27,15 +27,28 @@ from hypothesis.stateful import (
 )
 
 from sglang_tri import config
+from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.patches import active, request_lifetime
 from sglang_tri.policies import POLICIES
 from sglang_tri.runtime import Runtime
+from tests.histories.asks import (
+    ASKS,
+    KEYS,
+    MARKS,
+    OVERRIDES,
+    POLICY,
+    RARELY,
+    SETUPS,
+    STEPS,
+    Ask,
+    Text,
+)
 from tests.histories.audit import Audit
 from tests.histories.book import Book, Memory, Request, Store
 from tests.histories.hooked import hooked
 from tests.histories.loop import FORCE_MISS, LONGEST, ROWS, Loop, Setup
-from tests.histories.plain import DONE, THINK, ByDigest, Plain
+from tests.histories.plain import ByDigest, Plain
 from tests.histories.tree import Tree
 
 DEFAULT_EXAMPLES = 8
@@ -64,90 +77,7 @@ ENOUGH = {
     "flushes": 5,
     "new weights": 8,
 }
-# Settings of the server.
-POLICY: dict[str, Any] = {
-    "policy": "triattention",
-    "budget": 8,
-    "interval": 6,
-    "recent": 4,
-    "sinks": 2,
-    "normalize": False,
-}
-# What a request may ask for itself; the first is the server's.
-OVERRIDES: tuple[dict[str, Any], ...] = (
-    {},
-    {"policy": "streaming"},
-    {"eviction_mode": "per-layer-per-head", "budget": 13},
-    {"eviction_mode": "union", "recent": 6},
-    {"budget": 4},
-    {"reuse": "prompt"},
-    {"policy": "none"},
-)
-KEYS = (None, "salt")
-SYSTEMS = (tuple(range(32, 38)), tuple(range(40, 55)))
-MESSAGES = ((8,), (9, 10, 11), (12, 8, 13, 9, 14), tuple(range(8, 20)))
 ENOUGH_STEPS = 1500
-
-
-class Text(NamedTuple):
-    """What somebody may go on from: tokens, the first of them a prompt, and how it was sent."""
-
-    tokens: tuple[int, ...]
-    key: int
-    override: int
-    prompt: int = 0
-
-
-class Ask(NamedTuple):
-    """A request, or several equal ones.
-
-    Attributes:
-        kind: a conversation of its own; the next turn of another one, also after tokens at its end
-            were cut off, with another token in it, as somebody else or with other settings; one
-            beside a request that still runs; the same again.
-        back: how long ago the other one ended.
-    """
-
-    kind: str
-    back: int
-    system: tuple[int, ...]
-    message: tuple[int, ...]
-    at: int
-    key: int
-    override: int
-    most: int
-    times: int
-    priority: int
-
-
-ASKS = st.builds(
-    Ask,
-    kind=st.sampled_from(
-        ["turn"] * 4 + ["trim"] * 3 + ["new"] * 2 + ["fork", "change", "key", "override", "again"]
-    ),
-    back=st.integers(0, 3),
-    system=st.sampled_from(SYSTEMS),
-    message=st.sampled_from(MESSAGES),
-    at=st.integers(0, 100),
-    key=st.sampled_from([0, 0, 0, 1]),
-    override=st.sampled_from([0, 0, 0, 0, *range(len(OVERRIDES))]),
-    most=st.sampled_from([40, 25, 60, 40, 5]),
-    times=st.sampled_from([1, 1, 2]),
-    priority=st.sampled_from([0, 0, 1]),
-)
-STEPS = st.sampled_from([20, 40, 80, 10, 3, 1])
-RARELY = st.sampled_from([False, False, False, True])
-MARKS = st.sampled_from([[], [THINK], [THINK, DONE]])
-SETUPS = st.fixed_dictionaries(
-    {
-        "slots": st.sampled_from([160, 256, 384]),
-        "chunk": st.sampled_from([8, 16, 512]),
-        "policy": st.sampled_from(["fcfs", "lpm", "dfs-weight"]),
-        "optimism": st.sampled_from([0.1, 0.4, 1.0]),
-        "preempts": RARELY,
-        "forces_miss": st.sampled_from([False] * 11 + [True]),
-    }
-)
 
 
 class Histories(RuleBasedStateMachine):
@@ -157,8 +87,17 @@ class Histories(RuleBasedStateMachine):
     overlap: bool
     totals: Counter[str]
 
-    @initialize(setup=SETUPS, mark=MARKS, limit=st.sampled_from([2, 1000, 1000]), deaf=RARELY)
-    def start(self, setup: dict[str, Any], mark: list[int], limit: int, deaf: bool) -> None:
+    @initialize(
+        setup=SETUPS,
+        mark=MARKS,
+        limit=st.sampled_from([2, 1000, 1000]),
+        deaf=RARELY,
+        collide=RARELY,
+    )
+    def start(
+        self, setup: dict[str, Any], mark: list[int], limit: int, deaf: bool, collide: bool
+    ) -> None:
+        Lookup.block_hash = staticmethod((lambda content: 1) if collide else hash)
         self.setup = Setup(page_size=self.page_size, overlap=self.overlap, **setup)
         memory = Memory(self.setup.slots + self.page_size)
         self.mark, self.policy = mark, KvPolicyConfig(**POLICY)
@@ -347,9 +286,30 @@ def server() -> Iterator[None]:
         patch.setenv(FORCE_MISS, "0")
         patch.setattr(config, "LEAST_RECENT", 4)
         patch.setitem(POLICIES, "triattention", ByDigest)
+        patch.setattr(Lookup, "block_hash", Lookup.block_hash)
         logging.disable(logging.WARNING)  # A line for each retraction.
         yield
         logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_a_history_lost_in_the_queue(policy: str) -> None:
+    """A retracted request waits for memory while its history is evicted: it prefills its tokens."""
+    kind = {"page_size": 1, "overlap": False, "totals": Counter()}
+    users = type("Users", (Histories,), kind)()
+    setup = {"slots": 256, "chunk": 512, "policy": policy, "optimism": 0.1}
+    users.start({**setup, "preempts": False, "forces_miss": False}, [], 1000, False, False)
+    first = Ask("new", 0, tuple(range(32, 38)), (8,), 0, 0, 0, 60, 1, 0)
+    users.ask([first, first._replace(message=(9, 10, 11))], 20)
+    users.retract("now", 0)
+    (waiting,) = users.loop.waiting_queue
+    users.audit.taken = users.loop.take_all()
+    users.run(1)
+    assert (waiting.kv_policy_state.history is not None) or policy == "fcfs"
+    users.loop.evict(LONGEST)
+    users.loop.give_back(users.audit.taken)
+    users.audit.taken = users.audit.taken[:0]
+    users.finish()
 
 
 @pytest.fixture(scope="module")

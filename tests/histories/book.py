@@ -203,7 +203,8 @@ class Book:
         if request.cached is None:
             request.cached = found
             request.first_history = "compressed" if chain else "exact"
-        if self._setup.policy != "fcfs" and found:
+        # A preemption comes after the queue was sorted, and registers histories.
+        if self._setup.policy != "fcfs" and found and not self._setup.preempts:
             assert found <= req.num_matched_prefix_tokens < len(wanted)
             assert found == req.num_matched_prefix_tokens or not chain
         self._count_beginning(request, wanted)
