@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.simulator.policies import Policy, make_policy
 from tests.conftest import Running
+from tests.setups import BUDGET, INTERVAL
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,18 @@ def send_all(running: Running, asks: Sequence[Ask]) -> list[Answer]:
     """All at once, so that they share batches."""
     with ThreadPoolExecutor(len(asks)) as pool:
         return list(pool.map(lambda ask: send(running, ask), asks))
+
+
+def simulated(own: dict[str, Any]) -> Policy:
+    """The simulator's policy for a request with settings of its `own`."""
+    settings = {"policy": "triattention", "budget": BUDGET, "interval": INTERVAL, **own}
+    settings.pop("reuse", None)
+    name = settings.pop("policy")
+    if name == "none":
+        return make_policy("none")
+    if name == "triattention":
+        settings["mode"] = settings.pop("eviction_mode", "per-head")
+    return make_policy(name, **settings)
 
 
 def recorded_rounds(folder: Path, rid: str) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from bench.tiny_models import make_model, make_stats
 from tests.setups import BUDGET, INTERVAL, SETUPS, Setup
 
 PROBE = Path(__file__).parent / "probe"
-# The servers need the other cores.
+# The servers need the other cores, and small matrices lose more by threads than they win.
 torch.set_num_threads(1)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.server import STOCK_ENVIRONMENT
+
 BUDGET, INTERVAL = 48, 24
 ALIAS_LIMIT = 24
 # It marks the end of thinking.
@@ -55,7 +57,7 @@ _RETRACT = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL"
 
 # In the order in which the tests use them, so that each is started once.
 SETUPS = {
-    "stock": Setup(policy=False, environment={"SGLANG_PLUGINS": "sglang_tri_cpu"}),
+    "stock": Setup(policy=False, environment=dict(STOCK_ENVIRONMENT)),
     "page1-overlap": Setup(),
     "page1-sync": Setup(arguments=(*COMMON, *SYNC)),
     "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4)),

@@ -11,7 +11,7 @@ from bench.simulator.conversation import Conversation
 from bench.simulator.oracle import Oracle
 from bench.simulator.policies import make_policy
 from bench.simulator.trace import Replay
-from tests.client import Answer, Ask, recorded_rounds, send, send_all, tokens_of
+from tests.client import Answer, Ask, recorded_rounds, send, send_all, simulated, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL, SETUPS
 
@@ -37,13 +37,9 @@ class Talk:
         self.server = server
         self.policy = policy or {}
         self.tokens = tokens_of(f"{name}: a system prompt of its own.")
-        settings = {"policy": "triattention", "budget": BUDGET, "interval": INTERVAL, **self.policy}
-        kind = str(settings.pop("policy"))
-        if kind == "triattention":
-            settings["mode"] = settings.pop("eviction_mode", "per-head")
         oracle = Oracle(server.model, server.stats)
         self.oracle: Conversation = oracle.conversation(
-            make_policy(kind, **settings), server.setup.page_size
+            simulated(self.policy), server.setup.page_size
         )
 
     def ask(self, text: str, tokens: int = LONG, **extra: Any) -> Ask:

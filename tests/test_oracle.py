@@ -9,9 +9,9 @@ import pytest
 
 from bench.simulator.oracle import Oracle, Replay
 from bench.simulator.policies import make_policy
-from tests.client import Answer, Ask, recorded_rounds, send_all, tokens_of
+from tests.client import Answer, Ask, recorded_rounds, send_all, simulated, tokens_of
 from tests.conftest import Running
-from tests.setups import BUDGET, INTERVAL, SETUPS
+from tests.setups import SETUPS
 
 WITH_POLICY = [name for name in SETUPS if name.startswith("page")]
 OTHER_ROPE = ["llama3", "yarn"]
@@ -50,19 +50,16 @@ def workload(policies: list[dict[str, object]]) -> list[Ask]:
 
 
 def replay(oracle: Oracle, running: Running, answer: Answer) -> Replay:
-    settings = {"policy": "triattention", "budget": BUDGET, "interval": INTERVAL}
-    settings |= answer.ask.policy
-    name = str(settings.pop("policy"))
-    settings.pop("reuse", None)
-    if name == "triattention":
-        settings["mode"] = settings.pop("eviction_mode", "per-head")
+    own = answer.ask.policy
     return oracle.replay(
         answer.ask.prompt,
         answer.ids,
-        make_policy(name, **settings) if name != "none" else make_policy("none"),
+        simulated(own),
         page_size=running.setup.page_size,
-        recorded=recorded_rounds(running.trace, answer.rid) if name != "none" else None,
-        tolerance=1e-5 if settings.get("normalize", True) else 1e-5 * RAW_SCORES,
+        recorded=recorded_rounds(running.trace, answer.rid)
+        if own.get("policy") != "none"
+        else None,
+        tolerance=1e-5 if own.get("normalize", True) else 1e-5 * RAW_SCORES,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,14 +41,6 @@ MODES = ("per-head", "per-layer-per-head", "union")
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 4, 2, 32
 PROMPT = list(calibration_text(37, seed=3).encode())
 TEXT = list(calibration_text(600, seed=4).encode())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small lose more by threads than they win
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,6 @@ TALK = PROMPT + ANSWER
 TEXT = list(calibration_text(300, seed=5).encode())
 ASKED, ANSWERED = 9, 40
 BOTH_PAGES = pytest.mark.parametrize("page", [1, 4])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small lose more by threads than they win
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
