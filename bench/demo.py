@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from bench.decode_log import DecodeLog
 from bench.server import Server
-from bench.tiny_models import make_model, make_stats
+from bench.tiny_models import make_model
 
 BUDGET, INTERVAL, TOKENS, CHATS, TURNS = 256, 64, 1536, 2, 2
 LOG_STEPS = 1
@@ -184,10 +184,9 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.keep_logs or Path(tempfile.mkdtemp(prefix="sglang-tri-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
-    print("Making a tiny random model and its query statistics ...")
+    print("Making a tiny random model ...")
     model = make_model("qwen3", folder / "model")
-    statistics = make_stats(model, folder / "stats.pt")
-    policy = run_arm("triattention", model, [*POLICY, "--kv-stats", str(statistics)], folder)
+    policy = run_arm("triattention", model, POLICY, folder)
     stock = run_arm("stock", model, [], folder)
     print_table([policy, stock])
     found = problems(policy, stock)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bench.machine import machine
 from bench.planning import measure
 from bench.server import STOCK_ENVIRONMENT, Server
-from bench.tiny_models import make_model, make_stats
+from bench.tiny_models import make_model
 
 BUDGET, INTERVAL = 256, 64
 REQUESTS = 8
@@ -64,8 +64,7 @@ def compare(
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = arguments.model_path or make_model("qwen3", folder / "model")
-    stats = arguments.stats or make_stats(model, folder / "stats.pt")
-    policy = ["--kv-policy", "triattention", "--kv-stats", str(stats)]
+    policy = ["--kv-policy", "triattention", "--kv-stats", arguments.stats]
     policy += ["--kv-budget", str(BUDGET), "--kv-interval", str(INTERVAL)]
     common = arguments.server_arguments
     bar = tqdm(total=2 * arguments.repeats * (SHORT_REPEATS + 1) + 4, desc="planning")
@@ -128,7 +127,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="output tokens of case (b)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of case (b) on each server")
     parser.add_argument("--model-path", type=Path, help="default: a tiny random model")
-    parser.add_argument("--stats", type=Path, help="query statistics of that model")
+    parser.add_argument("--stats", default="auto", help="query statistics of that model")
     parser.add_argument("--output", type=Path, default=Path("results/overhead.json"))
     parser.add_argument("server_arguments", nargs="*", help="for both servers, after --")
     arguments = parser.parse_args()

@@ -69,7 +69,7 @@ class Server(Endpoint):
     Args:
         model: model folder.
         arguments: further command-line arguments.
-        log: file that receives the server's output.
+        log: file that receives the server's output; query statistics that it makes lie beside.
         environment: variables added to this process's own.
         on_wait: called about twice a second while the server starts.
     """
@@ -88,12 +88,13 @@ class Server(Endpoint):
         self._ready = False
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1], *arguments]
+        cache = {"SGLANG_KV_POLICY_CACHE": str(log.parent / "statistics")}
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
+                env={**cache, **os.environ, **(environment or {})},
                 start_new_session=True,
             )
 

@@ -136,12 +136,16 @@ def make_stats(model_dir: Path, path: Path, tokens: int = 2048) -> Path:
     """
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")
-    queries = _capture_queries(model_dir, tokens)
-    stats = {
-        f"layer{layer:02d}_head{head:02d}": _head_stats(q[:, head])
-        for layer, q in enumerate(queries)
-        for head in range(q.shape[1])
-    }
+    queries = capture_heads(model_dir, _read(model_dir, calibration_text(8 * tokens), tokens))
+    stats = {}
+    for layer, q in enumerate(queries):
+        means, sizes, *_ = head_means(q)
+        for head, (mean, size) in enumerate(zip(means, sizes, strict=True)):
+            stats[f"layer{layer:02d}_head{head:02d}"] = {
+                "q_mean_real": mean.real.clone(),
+                "q_mean_imag": mean.imag.clone(),
+                "q_abs_mean": size.clone(),
+            }
     metadata = {
         "model_name": model_dir.name,
         "head_dim": queries[0].shape[-1],
@@ -154,6 +158,47 @@ def make_stats(model_dir: Path, path: Path, tokens: int = 2048) -> Path:
     return path
 
 
+@torch.inference_mode()
+def capture_heads(model_dir: Path, ids: torch.Tensor, which: str = "q") -> list[torch.Tensor]:
+    """Queries or keys after the norms and before RoPE, from transformers.
+
+    Args:
+        ids: int64 [sequences, tokens].
+        which: "q" or "k".
+
+    Returns:
+        A float32 [sequences * tokens, heads, head_dim] tensor for each layer.
+    """
+    # Imported here because it takes seconds and making a model does not need it.
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    captured: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        attn = layer.self_attn
+        modules = dict(attn.named_children())
+        source = modules.get(f"{which}_norm", modules[f"{which}_proj"])
+        source.register_forward_hook(
+            lambda _m, _in, out, dim=attn.head_dim: captured.append(
+                out.reshape(out.shape[0] * out.shape[1], -1, dim)
+            )
+        )
+    model(ids)
+    return captured
+
+
+def head_means(heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Means over tokens of queries or keys [..., tokens, heads, head_dim], halves paired.
+
+    Returns:
+        E x_f (complex), E|x_f|, E|x_f|^2, each [..., heads, head_dim / 2], and E||x|| [..., heads].
+    """
+    pairs = torch.complex(*heads.chunk(2, dim=-1))
+    size = pairs.abs()
+    norm = torch.linalg.vector_norm(heads, dim=-1)
+    return pairs.mean(-3), size.mean(-3), size.square().mean(-3), norm.mean(-2)
+
+
 def calibration_text(length: int, seed: int = 0) -> str:
     """`length` characters of deterministic printable ASCII words, in lines."""
     rng = random.Random(seed)
@@ -164,6 +209,15 @@ def calibration_text(length: int, seed: int = 0) -> str:
         words.append(word + rng.choice(("", ",", ".", ":")) + rng.choice("   \n"))
         size += len(words[-1])
     return "".join(words)[:length]
+
+
+def _read(model_dir: Path, text: str, tokens: int) -> torch.Tensor:
+    """int64 [1, tokens]: the beginning of `text`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
+    return ids
 
 
 def _config(kind: Kind) -> dict[str, Any]:
@@ -302,38 +356,6 @@ def _special_id(text: str) -> int:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-@torch.inference_mode()
-def _capture_queries(model_dir: Path, tokens: int) -> list[torch.Tensor]:
-    """Queries before RoPE over calibration text: one [tokens, heads, head_dim] tensor a layer."""
-    # Imported here because it takes seconds and making a model does not need it.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    ids = tokenizer(calibration_text(8 * tokens), return_tensors="pt").input_ids[:, :tokens]
-    queries: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        attn = layer.self_attn
-        source = attn.q_norm if hasattr(attn, "q_norm") else attn.q_proj
-        source.register_forward_hook(
-            lambda _m, _in, out, dim=attn.head_dim: queries.append(
-                out.reshape(out.shape[1], -1, dim)
-            )
-        )
-    model(ids)
-    return queries
-
-
-def _head_stats(q: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Statistics of one head's queries [tokens, head_dim]: three float32 [head_dim / 2] tensors."""
-    real, imag = q.float().chunk(2, dim=-1)
-    return {
-        "q_mean_real": real.mean(0),
-        "q_mean_imag": imag.mean(0),
-        "q_abs_mean": torch.hypot(real, imag).mean(0),
-    }
 
 
 def main() -> None:

@@ -22,12 +22,14 @@ class Active:
         scheduler: SGLang's.
         aliases: compressed history that can be found again.
         think_end: token ids that end a model's thinking, or none.
+        statistics: file of the query statistics in use, or None.
     """
 
     runtime: Runtime
     scheduler: Scheduler
     aliases: AliasStore
     think_end: array[int]
+    statistics: str | None = None
 
 
 _active: Active | None = None

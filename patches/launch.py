@@ -6,11 +6,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from sglang_tri import stats
+from sglang_tri.calibration import text
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
+from sglang_tri.patches import engine_0517 as engine
 from sglang_tri.patches import flags, hooks, refusals
 from sglang_tri.patches.responses import READY
-from sglang_tri.policies import POLICIES
+from sglang_tri.stats import Statistics
 
 if TYPE_CHECKING:
     from sglang.srt.entrypoints.engine import Engine
@@ -56,24 +58,29 @@ def check_reuse(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
         )
 
 
-def read_statistics(settings: KvPolicyConfig) -> stats.Statistics | None:
-    """Statistics that the settings name; refuses missing or unreadable ones."""
-    if settings.stats is not None:
-        return stats.load(settings.stats)
-    if POLICIES[settings.policy].needs_statistics:
-        raise KvPolicyError(
-            f"--kv-policy {settings.policy} needs query statistics: give --kv-stats FILE, "
-            "or use --kv-policy streaming, which needs none."
-        )
-    return None
+def read_statistics(settings: KvPolicyConfig) -> Statistics | None:
+    """Statistics in the file that the settings name, if they name one.
+
+    Raises:
+        KvPolicyError: the file, or the text to make statistics with, cannot be read.
+    """
+    if settings.calibrates:
+        text.read(settings.calibration_text)
+    if settings.stats_file is None:
+        return None
+    try:
+        return stats.load(settings.stats_file)
+    except KvPolicyError as error:
+        raise KvPolicyError(f"--kv-stats {error}") from error
 
 
 def check_statistics(settings: KvPolicyConfig, model: Any) -> None:
-    """Refuse missing or unreadable statistics, and those of another geometry."""
+    """Refuse unreadable statistics, and those of another geometry or RoPE."""
     found = read_statistics(settings)
     if found is None:
         return
     found.check_geometry(model.num_hidden_layers, model.num_attention_heads, model.head_dim)
+    found.check_rope_settings(engine.rope_settings(model))
     served = model.model_path.rstrip("/").rsplit("/", 1)[-1]
     named = (found.model_name or served).rstrip("/").rsplit("/", 1)[-1]
     if named != served:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sglang_tri import stats
 from sglang_tri.aliases import AliasStore
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active, flags, hooks, rope, thinking
+from sglang_tri.patches import active, calibration, flags, hooks, launch, rope, thinking
 from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.queries import VirtualQueries
 from sglang_tri.runtime import Cache, Observer, Runtime
+from sglang_tri.stats import Statistics
 from sglang_tri.trace import TraceWriter
 
 if TYPE_CHECKING:
@@ -44,8 +44,13 @@ def start_scheduler(
     if scheduler.tree_cache.disable:
         settings = replace(settings, reuse="prompt")  # There is nothing to find anything in.
     runtime = _build_runtime(scheduler, settings)
-    aliases = AliasStore(settings.alias_limit)
-    active.activate(active.Active(runtime, scheduler, aliases, thinking.end_ids(scheduler)))
+    found = active.Active(
+        runtime, scheduler, AliasStore(settings.alias_limit), thinking.end_ids(scheduler)
+    )
+    active.activate(found)
+    statistics = _read_statistics(scheduler, settings, runtime)
+    found.statistics = (statistics.path or None) if statistics is not None else None
+    runtime.check_runnable(settings)
     logger.info(
         "KV policy: %s, mode %s, budget %d, interval %d, reuse %s, statistics %s",
         settings.policy,
@@ -53,22 +58,37 @@ def start_scheduler(
         settings.budget,
         settings.interval,
         settings.reuse,
-        settings.stats or "none",
+        "none" if statistics is None else statistics.path or "not kept",
     )
 
 
 def _build_runtime(scheduler: Scheduler, settings: KvPolicyConfig) -> Runtime:
-    model = scheduler.tp_worker.model_runner.model
     _check_tree(scheduler)
-    _check_windows(model)
-    cache = _read_pool(scheduler)
-    queries = None
-    if settings.stats is not None:
-        queries = _load_queries(model, settings.stats, cache)
+    _check_windows(scheduler.tp_worker.model_runner.model)
     trace = os.environ.get(TRACE)
     observer: Observer | None = TraceWriter(trace) if trace else None
     rows = scheduler.req_to_token_pool.req_to_token.shape[0]
-    return Runtime(settings, cache, rows, scheduler.page_size, queries, observer)
+    return Runtime(settings, _read_pool(scheduler), rows, scheduler.page_size, observer=observer)
+
+
+def _read_statistics(
+    scheduler: Scheduler, settings: KvPolicyConfig, runtime: Runtime
+) -> Statistics | None:
+    """Give `runtime` its virtual queries, from a file or measured now."""
+    statistics = launch.read_statistics(settings)
+    if statistics is None and not settings.calibrates:
+        return None
+    module = rope.find_rotary(scheduler.tp_worker.model_runner.model)
+    spec = rope.read_rope(module)
+    if statistics is None:
+        statistics = calibration.automatic(scheduler, settings, module, spec)
+    statistics.check_rope(spec)
+    keys = runtime.cache.keys
+    kv_heads, head_dim = keys[0].shape[1:]
+    group = statistics.shape[1] // kv_heads
+    statistics.check_geometry(len(keys), kv_heads * group, head_dim)
+    runtime.queries = VirtualQueries(statistics, spec, runtime.cache.device)
+    return statistics
 
 
 def _check_tree(scheduler: Scheduler) -> None:
@@ -104,13 +124,3 @@ def _read_pool(scheduler: Scheduler) -> Cache:
         )
     readable = [keys.view(pool.dtype) for keys in pool.k_buffer]
     return Cache(pool.k_buffer, pool.v_buffer, readable)
-
-
-def _load_queries(model: torch.nn.Module, path: str, cache: Cache) -> VirtualQueries:
-    spec = rope.read_rope(rope.find_rotary(model))
-    statistics = stats.load(path)
-    statistics.check_pairing(spec.interleaved)
-    kv_heads, head_dim = cache.keys[0].shape[1:]
-    group = statistics.shape[1] // kv_heads
-    statistics.check_geometry(len(cache.keys), kv_heads * group, head_dim)
-    return VirtualQueries(statistics, spec, cache.device)

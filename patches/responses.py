@@ -59,7 +59,8 @@ async def deliver(
 def report_state(result: GetInternalStateReqOutput, *args: Any, **kwargs: Any) -> None:
     """AFTER get_internal_state: the counters, for `/server_info`."""
     found = active.get()
-    result.internal_state[KEY] = found.runtime.report() | found.aliases.report()
+    report = found.runtime.report() | found.aliases.report()
+    result.internal_state[KEY] = report | {"statistics": found.statistics}
 
 
 def report_ready(result: dict[str, Any], *args: Any, **kwargs: Any) -> None:

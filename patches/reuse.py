@@ -6,6 +6,7 @@ request's tokens to the ids that its compressed history went in under, before th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 
     from sglang_tri.rounds import RequestState
+
+logger = logging.getLogger(__name__)
 
 EXACT, COMPRESSED = "exact", "compressed"
 
@@ -132,4 +135,10 @@ def forget_flushed(result: bool, *args: Any, **kwargs: Any) -> None:
 
 def forget_outdated(result: None, *args: Any, **kwargs: Any) -> None:
     """AFTER a weight update: nothing goes on from what other weights have computed."""
-    active.get().aliases.clear()
+    found = active.get()
+    found.aliases.clear()
+    if found.runtime.settings.calibrates:
+        logger.warning(
+            "The weights have changed, the query statistics of --kv-stats auto are those of the "
+            "weights before: restart the server to measure the new ones."
+        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.queries import Rope
+from sglang_tri.rope import Rope
 
 if TYPE_CHECKING:
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
@@ -31,7 +31,26 @@ def find_rotary(model: torch.nn.Module) -> RotaryEmbedding:
             f"--kv-policy needs one rotary embedding for all layers, the model has {names}: "
             f"supported are {', '.join(SUPPORTED)}."
         )
+    _check_all_layers_turn(model)
     return next(iter(found.values()))
+
+
+def _check_all_layers_turn(model: torch.nn.Module) -> None:
+    """Refuse models that rotate some layers only: scores take one set of frequencies for all."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    turning: dict[int, bool] = {}
+    for owner in model.modules():
+        for layer in owner.children():
+            if isinstance(layer, RadixAttention):
+                turning[layer.layer_id] = any(hasattr(c, "cos_sin_cache") for c in owner.children())
+    still = sorted(layer for layer, turns in turning.items() if not turns)
+    # Where no attention module holds its rotary embedding, the model does and turns all.
+    if still and len(still) < len(turning):
+        raise KvPolicyError(
+            f"--kv-policy needs RoPE in every layer, the model has none in layers {still}: "
+            "serve another model, or leave --kv-policy out."
+        )
 
 
 def read_rope(module: RotaryEmbedding) -> Rope:

@@ -20,6 +20,8 @@ REUSE = ("continuation", "prompt")
 # A span's last tokens stay plain, so that trimming the end of an answer does not cost all of it.
 LEAST_RECENT = 16
 PREFIX = "kv_"
+# --kv-stats: measure the loaded model.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,20 @@ FLAGS = (
     Flag("normalize", "z-normalize each query head's scores before they are compared"),
     Flag("reuse", "what a later request may find of a generation that was evicted from", REUSE),
     Flag("alias_limit", "compressed generations that can be found again, over all conversations"),
-    Flag("stats", "query statistics: official .pt or sglang-tri .safetensors"),
+    Flag("stats", "query statistics: 'auto' measures the model, or a .pt or .safetensors file"),
+    Flag("calibration_text", "UTF-8 text that 'auto' measures with; default: Python's reference"),
+    Flag("calibration_tokens", "tokens of the text that 'auto' measures with"),
     Flag("allow_untested_sglang", "run on an SGLang version that this release was not tested with"),
 )
 _BY_NAME = {flag.name: flag for flag in FLAGS}
-_SMALLEST = {"budget": 1, "interval": 1, "recent": 0, "sinks": 0, "alias_limit": 1}
+_SMALLEST = {
+    "budget": 1,
+    "interval": 1,
+    "recent": 0,
+    "sinks": 0,
+    "alias_limit": 1,
+    "calibration_tokens": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,9 @@ class KvPolicyConfig:
     normalize: bool = True
     reuse: str = "continuation"
     alias_limit: int = 4096
-    stats: str | None = None
+    stats: str = AUTO
+    calibration_text: str | None = None
+    calibration_tokens: int = 16384
     allow_untested_sglang: bool = False
     explicit: frozenset[str] = field(default_factory=frozenset, compare=False, repr=False)
 
@@ -85,6 +98,7 @@ class KvPolicyConfig:
         for flag in FLAGS:
             _check_type(flag, getattr(self, flag.name))
         self._check_counts()
+        self._check_calibration()
 
     @property
     def enabled(self) -> bool:
@@ -94,6 +108,25 @@ class KvPolicyConfig:
     def continues(self) -> bool:
         """Whether a later request may go on from a generation that was evicted from."""
         return self.reuse == "continuation"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the policy needs statistics that the server has to make."""
+        return self.stats == AUTO and self.enabled and POLICIES[self.policy].needs_statistics
+
+    @property
+    def stats_file(self) -> str | None:
+        """The statistics file that the user named, or None."""
+        return None if self.stats == AUTO else self.stats
+
+    def _check_calibration(self) -> None:
+        for name in sorted(self.explicit & {"calibration_text", "calibration_tokens"}):
+            if self.enabled and not self.calibrates:
+                raise KvPolicyError(
+                    f"{_BY_NAME[name].option} {getattr(self, name)} does nothing with "
+                    f"--kv-policy {self.policy} and --kv-stats {self.stats}: leave it out, or use "
+                    f"--kv-policy triattention and --kv-stats {AUTO}."
+                )
 
     def _check_counts(self) -> None:
         for name, smallest in _SMALLEST.items():
@@ -187,9 +220,9 @@ def _check_type(flag: Flag, value: Any) -> None:
                 f"{flag.option} {value!r} is not known: use one of {', '.join(flag.choices)}."
             )
         return
-    wanted: type = str if flag.default is None else type(flag.default)
-    if flag.name == "stats" and value is None:
+    if flag.default is None and value is None:
         return
+    wanted: type = str if flag.default is None else type(flag.default)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise KvPolicyError(f"{flag.option} {value!r} must be a {wanted.__name__}.")
 

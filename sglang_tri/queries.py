@@ -8,35 +8,13 @@ between the cached key and one query.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from sglang_tri.kernels.pairs import frequency_pairs
+from sglang_tri.rope import Rope
 from sglang_tri.stats import Statistics
 
 OFFSETS = tuple(2**exponent for exponent in range(17))
-
-
-@dataclass(frozen=True)
-class Rope:
-    """What the engine's rotary module does to one head.
-
-    Attributes:
-        frequencies: float64 [rotary_dim / 2], radians per position.
-        factor: what cos and sin are multiplied with (YaRN's attention factor, else 1).
-        head_dim: components of a head; those past rotary_dim are not rotated.
-        interleaved: True where neighbours make a pair, False where halves do.
-    """
-
-    frequencies: torch.Tensor
-    factor: float
-    head_dim: int
-    interleaved: bool
-
-    @property
-    def rotary_dim(self) -> int:
-        return 2 * self.frequencies.numel()
 
 
 class VirtualQueries:
@@ -49,8 +27,7 @@ class VirtualQueries:
 
     def __init__(self, statistics: Statistics, rope: Rope, device: torch.device | str) -> None:
         self.pairs = frequency_pairs(rope.head_dim, rope.rotary_dim, rope.interleaved, device)
-        unrotated = rope.head_dim // 2 - rope.frequencies.numel()
-        frequencies = torch.cat([rope.frequencies, rope.frequencies.new_zeros(unrotated)])
+        frequencies = rope.padded_frequencies()
         factor = torch.ones_like(frequencies)
         factor[: rope.frequencies.numel()] = rope.factor
         offsets = torch.tensor(OFFSETS, dtype=torch.float64)

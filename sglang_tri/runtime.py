@@ -55,7 +55,7 @@ class Runtime:
         cache: the KV cache that rounds read and compact.
         rows: rows of the engine's request-to-slot table.
         page_size: slots per page.
-        queries: virtual queries, or None where no statistics were given.
+        queries: virtual queries, or None where there are no statistics, or not yet.
         observer: called after each executed round with the round, the kept indices and the
             packing; used to write traces.
     """
@@ -73,21 +73,20 @@ class Runtime:
         self.page_size = page_size
         self.counters = Counters()
         self.deltas = torch.zeros(rows, dtype=torch.int64, device=cache.device)
-        self._cache = cache
-        self._queries = queries
+        self.cache = cache
+        self.queries = queries
         self._observer = observer
         self._policies = {name: policy() for name, policy in POLICIES.items()}
         self._pending: list[Round] = []
         self._alive: deque[list[Round]] = deque(maxlen=_STEPS_KEPT_ALIVE)
         self._shifted: set[str] = set()
-        self.check_runnable(settings)
 
     def check_runnable(self, settings: KvPolicyConfig) -> None:
         """Raise `KvPolicyError` if this server lacks what the policy of `settings` needs."""
         if not settings.enabled:
             return
         policy = POLICIES[settings.policy]
-        if policy.needs_statistics and self._queries is None:
+        if policy.needs_statistics and self.queries is None:
             raise KvPolicyError(
                 f"--kv-policy {settings.policy} needs query statistics: give --kv-stats FILE."
             )
@@ -185,16 +184,16 @@ class Runtime:
         kept = policy.keep(
             Candidates(
                 settings,
-                self._cache.readable_keys,
+                self.cache.readable_keys,
                 planned.slots,
                 planned.logical,
                 planned.kept,
-                self._queries,
+                self.queries,
             )
         )
         packed = packing(kept, planned.candidates, settings.recent, policy.keeps_order)
-        compact(self._cache.keys, planned.slots, packed)
-        compact(self._cache.values, planned.slots, packed)
+        compact(self.cache.keys, planned.slots, packed)
+        compact(self.cache.values, planned.slots, packed)
         self.deltas[planned.rows] = planned.deltas
         if self._observer is not None:
             self._observer(planned, kept, packed)

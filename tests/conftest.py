@@ -11,6 +11,7 @@ import torch
 
 from bench.server import Server
 from bench.tiny_models import make_model, make_stats
+from sglang_tri import stats
 from tests.setups import BUDGET, INTERVAL, SETUPS, Setup
 
 PROBE = Path(__file__).parent / "probe"
@@ -26,9 +27,19 @@ class Running:
         self.setup: Setup = SETUPS[name]
         self.server = server
         self.model = model
-        self.stats = model / "stats.pt"
+        self.folder = folder
         self.trace = folder / "trace"
         self.probe = folder / "probe"
+
+    @property
+    def stats(self) -> Path:
+        """The query statistics in use, in the official layout."""
+        if not self.setup.automatic:
+            return self.model / "stats.pt"
+        converted = self.folder / "automatic.pt"
+        if not converted.exists():
+            stats.save_as(stats.load(self.server.kv_policy()["statistics"]), converted)
+        return converted
 
 
 class Servers:
@@ -69,11 +80,14 @@ class Servers:
             model = self.model(setup.kind)
             arguments = list(setup.arguments)
             if setup.policy:
-                arguments += ["--kv-policy", "triattention", "--kv-stats", str(model / "stats.pt")]
+                arguments += ["--kv-policy", "triattention"]
+                if not setup.automatic:
+                    arguments += ["--kv-stats", str(model / "stats.pt")]
                 arguments += ["--kv-budget", str(BUDGET), "--kv-interval", str(INTERVAL)]
             environment = {
                 "SGLANG_KV_POLICY_PER_REQUEST": "1",
                 "SGLANG_KV_POLICY_TRACE": str(folder / "trace"),
+                "SGLANG_KV_POLICY_CACHE": str(self._folder / "statistics"),
                 "KV_PROBE_FOLDER": str(folder / "probe"),
                 "PYTHONPATH": os.pathsep.join([str(PROBE), os.environ.get("PYTHONPATH", "")]),
                 **setup.environment,

@@ -40,12 +40,14 @@ class Setup:
         kind: which tiny model it serves.
         arguments: beside the model and, where it has one, the policy.
         policy: whether the policy is on.
+        automatic: whether the server makes its query statistics itself, not from a file.
         environment: added to the tests' own.
     """
 
     kind: str = "qwen3"
     arguments: tuple[str, ...] = COMMON
     policy: bool = True
+    automatic: bool = False
     environment: dict[str, str] = field(default_factory=lambda: dict(STRICT))
 
     @property
@@ -59,11 +61,11 @@ _RETRACT = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL"
 SETUPS = {
     "stock": Setup(policy=False, environment=dict(STOCK_ENVIRONMENT)),
     "page1-overlap": Setup(),
-    "page1-sync": Setup(arguments=(*COMMON, *SYNC)),
+    "page1-sync": Setup(arguments=(*COMMON, *SYNC), automatic=True),
     "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4)),
-    "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX)),
-    "llama3": Setup(kind="llama3"),
-    "yarn": Setup(kind="yarn"),
+    "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX), automatic=True),
+    "llama3": Setup(kind="llama3", automatic=True),
+    "yarn": Setup(kind="yarn", automatic=True),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4), environment=_RETRACT),
 }

@@ -106,7 +106,7 @@ def test_doctor_says_that_it_would_run() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--kv-policy", "triattention"], "--kv-stats FILE"),
+        (["--kv-policy", "triattention", "--kv-calibration-text", "absent.txt"], "absent.txt"),
         (["--kv-policy", "triattention", "--kv-stats", "absent.pt"], "absent.pt"),
         (["--model-path", "no/such/model"], "no/such/model"),
     ],

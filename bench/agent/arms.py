@@ -18,7 +18,7 @@ from bench.agent.calls import Call, tokenize
 from bench.agent.prompt import TEMPLATE, system_prompt
 from bench.decode_log import DecodeLog
 from bench.server import STOCK_ENVIRONMENT, Endpoint, Server
-from bench.tiny_models import make_model, make_stats
+from bench.tiny_models import make_model
 
 ARMS = ("prompt", "continuation", "stock", "radix-off")
 PROMPT, CONTINUATION, STOCK, RADIX_OFF = ARMS
@@ -131,9 +131,9 @@ class Session:
         return report
 
 
-def make_arms(arguments: argparse.Namespace, stats: Path) -> list[Arm]:
+def make_arms(arguments: argparse.Namespace) -> list[Arm]:
     """In pairs: those whose times are compared stand side by side."""
-    policy = ["--kv-policy", "triattention", "--kv-stats", str(stats)]
+    policy = ["--kv-policy", "triattention", "--kv-stats", arguments.stats]
     policy += ["--kv-budget", str(arguments.budget), "--kv-interval", str(arguments.interval)]
     common = [*COMMON, *arguments.server_arguments]
     return [
@@ -159,7 +159,7 @@ def measure(workload: type[Workload], arguments: argparse.Namespace) -> list[Out
             check_settings(endpoint.server_info())
             return _alternate([begin(arguments.base_url, endpoint, None)], turns, bar)
         model = arguments.model_path or make_model("qwen3", folder / "model")
-        arms = make_arms(arguments, arguments.stats or make_stats(model, folder / "stats.pt"))
+        arms = make_arms(arguments)
         outcomes: list[Outcome] = []
         for pair in (arms[:2], arms[2:]):
             with _running(pair, model, folder, bar) as started:

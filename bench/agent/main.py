@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, default=256, help="--kv-budget")
     parser.add_argument("--interval", type=int, default=64, help="--kv-interval")
     parser.add_argument("--model-path", type=Path, help="default: a tiny random model")
-    parser.add_argument("--stats", type=Path, help="query statistics of that model")
+    parser.add_argument("--stats", default="auto", help="query statistics of that model")
     parser.add_argument(
         "--base-url",
         help="measure this server, whose cache is flushed, instead of starting some; "

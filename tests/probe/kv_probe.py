@@ -2,7 +2,7 @@
 
 It answers when a file named `ask` appears in `$KV_PROBE_FOLDER`: digests of the slots that the
 radix tree owns, the most slots that were ever in use, and what retracted requests resumed from.
-Lengths come from the allocator.
+Lengths come from the allocator. How it finds the engine before the first request is in `start`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def load() -> None:
     HookRegistry.register(
         prefix + "scheduler.Scheduler.process_input_requests", _answer, HookType.AFTER
     )
+    HookRegistry.register(prefix + "scheduler.Scheduler.run_event_loop", _start, HookType.BEFORE)
 
 
 def _watch(result, batch):
@@ -50,6 +51,26 @@ def _resume(result, adder, req, *args, **kwargs):
         compressed = req.seqlen - len(req.full_untruncated_fill_ids)
         found = len(req.prefix_indices) + compressed
         _resumed.setdefault(req.rid, []).append([len(req.output_ids), found])
+
+
+def _start(scheduler):
+    folder = Path(os.environ["KV_PROBE_FOLDER"])
+    folder.mkdir(exist_ok=True)
+    allocator, rows = scheduler.token_to_kv_pool_allocator, scheduler.req_to_token_pool
+    pool = allocator.get_kvcache()
+    model = scheduler.tp_worker.model_runner.model
+    report = {
+        "free": allocator.available_size(),
+        "size": allocator.size,
+        "free_rows": len(rows.free_slots),
+        "rows": rows.size,
+        "tree": scheduler.tree_cache.total_size(),
+        "written": sum(int(b.count_nonzero()) for b in (*pool.k_buffer, *pool.v_buffer)),
+        "row_entries": int(rows.req_to_token.count_nonzero()),
+        "forward_hooks": sum(len(m._forward_pre_hooks) for m in model.modules()),
+        "in_order": allocator.free_pages.tolist() == sorted(allocator.free_pages.tolist()),
+    }
+    (folder / "start").write_text(json.dumps(report))
 
 
 def _answer(result, scheduler, requests):

@@ -1,0 +1,117 @@
+"""What is particular to SGLang 0.5.17 when a loaded engine is used before it serves."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sglang_tri.patches import sglang_0517 as adapter
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_tri.calibration.text import Tokenizer
+
+
+def tokenizer(scheduler: Scheduler) -> Tokenizer:
+    """The model's tokenizer, also with --skip-tokenizer-init."""
+    if scheduler.tokenizer is not None:
+        return scheduler.tokenizer
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    args = scheduler.server_args
+    return get_tokenizer(
+        args.tokenizer_path,
+        tokenizer_mode=args.tokenizer_mode,
+        trust_remote_code=args.trust_remote_code,
+        tokenizer_revision=args.revision,
+    )
+
+
+def longest_prefill(scheduler: Scheduler) -> int:
+    """Tokens that one prefill takes here, and that leave half of the pool free."""
+    args, runner = scheduler.server_args, scheduler.tp_worker.model_runner
+    chunk = args.chunked_prefill_size or 0
+    return min(
+        chunk if chunk > 0 else args.max_prefill_tokens,
+        runner.model_config.context_len,
+        scheduler.max_total_num_tokens // 2,
+    )
+
+
+def describe_model(scheduler: Scheduler) -> dict[str, Any]:
+    """What tells one model from another, beside its weights and RoPE; plain values."""
+    runner = scheduler.tp_worker.model_runner
+    config = runner.model_config
+    return {
+        "model_name": config.model_path,
+        "architectures": list(config.hf_config.architectures),
+        "head_dim": config.head_dim,
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(runner.kv_cache_dtype).removeprefix("torch."),
+        "quantization": config.quantization,
+    }
+
+
+def rope_settings(config: ModelConfig) -> dict[str, Any]:
+    """RoPE in the model's configuration: `rope_theta`, `rope_type` and what else that has."""
+    from sglang.srt.utils.hf_transformers_utils import get_rope_config
+
+    theta, scaling = get_rope_config(config.hf_text_config)
+    settings = dict(scaling or {})
+    return {"rope_type": "default", **settings, "rope_theta": theta}
+
+
+@contextmanager
+def eager_prefill(runner: ModelRunner) -> Iterator[None]:
+    """Inside, prefill calls the model's modules instead of replaying graphs."""
+    graphs, runner.prefill_cuda_graph_runner = runner.prefill_cuda_graph_runner, None
+    try:
+        yield
+    finally:
+        runner.prefill_cuda_graph_runner = graphs
+
+
+def prefill(scheduler: Scheduler, ids: Sequence[int]) -> None:
+    """Let the engine compute the KV of `ids`, and release its slots."""
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.mem_cache.common import release_kv_cache
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    runner = scheduler.tp_worker.model_runner
+    req = Req("calibration", "", array("q", ids), SamplingParams(max_new_tokens=1))
+    adapter.attach_state(req, None)
+    req.init_next_round_input(scheduler.tree_cache)
+    req.set_extend_range(0, len(ids))
+    batch = ScheduleBatch.init_new(
+        [req],
+        scheduler.req_to_token_pool,
+        scheduler.token_to_kv_pool_allocator,
+        scheduler.tree_cache,
+        runner.model_config,
+        enable_overlap=False,
+        spec_algorithm=scheduler.spec_algorithm,
+    )
+    batch.prepare_for_extend()
+    batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+    runner.forward(ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False))
+    release_kv_cache(req, scheduler.tree_cache, is_insert=False)
+
+
+def empty_pool(scheduler: Scheduler) -> None:
+    """Slots, rows and tree as they were when the engine was loaded, and no KV left in them."""
+    rows, allocator = scheduler.req_to_token_pool, scheduler.token_to_kv_pool_allocator
+    scheduler.tree_cache.reset()
+    rows.clear()
+    allocator.clear()
+    pool = allocator.get_kvcache()
+    for buffer in (rows.req_to_token, *pool.k_buffer, *pool.v_buffer):
+        buffer.zero_()

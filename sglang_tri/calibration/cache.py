@@ -1,0 +1,67 @@
+"""Statistics that were made once, in a folder of the user's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from sglang_tri import stats
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.stats import Statistics
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "SGLANG_KV_POLICY_CACHE"
+
+
+def folder() -> Path:
+    """$SGLANG_KV_POLICY_CACHE, or `sglang-tri` in the user's cache folder by the XDG rules."""
+    chosen = os.environ.get(FOLDER)
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sglang-tri"
+
+
+def path_of(model_name: str, fingerprint: str) -> Path:
+    """Where statistics with this fingerprint are kept; the model's name is for people."""
+    readable = re.sub(r"[^\w.-]+", "-", model_name).strip("-.")[-64:]
+    return folder() / f"{readable}-{fingerprint[:16]}.safetensors"
+
+
+def find(path: Path, fingerprint: str) -> Statistics | None:
+    """Statistics kept at `path`; None where there are none, or other or damaged ones."""
+    if not path.exists():
+        return None
+    try:
+        found = stats.load(path)
+    except KvPolicyError as error:
+        logger.warning("%s They are made anew.", error)
+        return None
+    if found.metadata.get("fingerprint") != fingerprint:
+        logger.warning("%s was made for another model or text. It is made anew.", path)
+        return None
+    return found
+
+
+def keep(statistics: Statistics, path: Path) -> Statistics:
+    """Write the file, or warn that the next start has to calibrate again.
+
+    Returns:
+        `statistics`, with their path if they have one now.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stats.save_as(statistics, path)
+    except OSError as error:
+        logger.warning(
+            "Query statistics cannot be kept (%s): the next start calibrates again. "
+            "Set %s to a folder that can be written to.",
+            error,
+            FOLDER,
+        )
+        return statistics
+    return replace(statistics, path=str(path))

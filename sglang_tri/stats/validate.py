@@ -1,0 +1,120 @@
+"""Are the statistics right? Predicted against actual mean logits by distance, per query head.
+
+The paper's check of its trigonometric series (arXiv 2604.04921): if queries and keys concentrate
+around their centres, the mean attention logit at distance d is close to the series made of the
+centres alone. The model runs in transformers, which knows nothing of this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sglang_tri.calibration import text
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.stats import describe, model_rope
+from sglang_tri.stats.statistics import Statistics
+
+_BACKEND = "sglang_tri_capture"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean logits before the softmax scale, over distances 1..n.
+
+    Attributes:
+        predicted, actual: float32 [layers, query_heads, n].
+        r: float32 [layers, query_heads], Pearson's correlation of the two.
+    """
+
+    predicted: torch.Tensor
+    actual: torch.Tensor
+    r: torch.Tensor
+
+
+def validate(
+    statistics: Statistics, model_path: str, tokens: int, text_path: str | None
+) -> Validation:
+    """Let the model read `tokens` tokens and compare up to half that distance.
+
+    Mean keys are those of this run; mean queries those of `statistics`.
+
+    Raises:
+        KvPolicyError: the statistics are not this model's.
+    """
+    from transformers import AutoTokenizer
+
+    rope = model_rope.of_model(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    sequences = text.tokenize(text.read(text_path), tokenizer, tokens, tokens, "the text")
+    queries, keys = _captured(model_path, torch.tensor(sequences.ids))
+    if statistics.shape != (len(queries), *queries[0].shape[0::2]):
+        raise KvPolicyError(
+            f"{statistics.path} has (layers, query heads, head size) {statistics.shape}, "
+            f"--model-path {model_path} has {(len(queries), *queries[0].shape[0::2])}."
+        )
+    statistics.check_rope(rope)
+    distances = torch.arange(1, tokens // 2 + 1)
+    centres = torch.stack([_centre(k, rope) for k in keys])
+    products = describe.centre_products(replace(statistics, k_mean=centres))
+    predicted = describe.distance_curve(products, rope, distances)
+    actual = torch.stack(
+        [_mean_logits(q, k)[:, distances] for q, k in zip(queries, keys, strict=True)]
+    )
+    return Validation(predicted, actual, _pearson(predicted, actual))
+
+
+@torch.inference_mode()
+def _captured(model_path: str, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Queries and keys after RoPE by layer, [heads, tokens, head_dim]."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    queries: list[torch.Tensor] = []
+    keys: list[torch.Tensor] = []
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        queries.append(query[0].float())
+        keys.append(key[0].float())
+        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+    AttentionInterface.register(_BACKEND, attention)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, attn_implementation=_BACKEND, dtype="auto"
+    )
+    model(ids, use_cache=False)
+    return queries, keys
+
+
+def _centre(keys: torch.Tensor, rope: Any) -> torch.Tensor:
+    """complex64 [heads, head_dim / 2]: mean keys before RoPE."""
+    from sglang_tri.kernels.pairs import frequency_pairs
+
+    first, second = frequency_pairs(rope.head_dim, rope.rotary_dim, rope.interleaved)
+    factor = torch.ones(rope.head_dim // 2, dtype=torch.float64)
+    factor[: rope.frequencies.numel()] = rope.factor
+    phase = torch.arange(keys.shape[1])[:, None] * rope.padded_frequencies()
+    undo = torch.polar(1 / factor.expand_as(phase), -phase)
+    pairs = torch.complex(keys[..., first].double(), keys[..., second].double())
+    return (pairs * undo).mean(1).to(torch.complex64)
+
+
+def _mean_logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """float32 [query_heads, tokens]: mean of q_i k_(i - d) over all i, for each distance d."""
+    heads, tokens, _ = queries.shape
+    keys = keys.repeat_interleave(heads // keys.shape[0], dim=0)
+    # Sums over i for all d at once: a correlation along the tokens, padded so that nothing wraps.
+    spectrum = torch.fft.rfft(queries, 2 * tokens, dim=1)
+    spectrum = spectrum * torch.fft.rfft(keys, 2 * tokens, dim=1).conj()
+    sums = torch.fft.irfft(spectrum.sum(-1), 2 * tokens, dim=1)[:, :tokens]
+    return sums / torch.arange(tokens, 0, -1)
+
+
+def _pearson(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    first = first - first.mean(-1, keepdim=True)
+    second = second - second.mean(-1, keepdim=True)
+    return torch.nn.functional.cosine_similarity(first, second, dim=-1)
