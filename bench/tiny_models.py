@@ -177,7 +177,7 @@ def capture_heads(model_dir: Path, ids: torch.Tensor, which: str = "q") -> list[
     for layer in model.model.layers:
         attn = layer.self_attn
         modules = dict(attn.named_children())
-        source = modules.get(f"{which}_norm", modules[f"{which}_proj"])
+        source = modules[f"{which}_norm" if f"{which}_norm" in modules else f"{which}_proj"]
         source.register_forward_hook(
             lambda _m, _in, out, dim=attn.head_dim: captured.append(
                 out.reshape(out.shape[0] * out.shape[1], -1, dim)

@@ -22,10 +22,12 @@ def run(output: Path, server_flags: list[str]) -> None:
         KvPolicyError: the suffix of `output`, or what the server would refuse.
     """
     from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
 
     if output.suffix not in (".pt", ".safetensors"):
         raise KvPolicyError(f"-o {output} must end in .safetensors or .pt.")
+    load_plugins()
     with tempfile.TemporaryDirectory(prefix="sglang-tri-") as folder:
         os.environ[cache.FOLDER] = folder  # The scheduler process takes it from here.
         engine = Engine(server_args=prepare_server_args([*server_flags, *_SETTINGS]))
