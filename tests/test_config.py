@@ -65,12 +65,26 @@ def test_command_line_and_keywords_agree() -> None:
         ({"eviction_mode": "all"}, ["--kv-eviction-mode 'all'", "union"]),
         ({"budget": 1.5}, ["--kv-budget 1.5", "int"]),
         ({"normalize": 1}, ["--kv-normalize 1", "bool"]),
+        ({"stats": None}, ["--kv-stats None", "str"]),
+        ({"calibration_text": 7}, ["--kv-calibration-text 7", "str"]),
+        ({"calibration_tokens": 1023}, ["--kv-calibration-tokens 1023", "1024 or more"]),
     ],
 )
 def test_refused(settings: dict[str, Any], said: list[str]) -> None:
     with pytest.raises(KvPolicyError) as error:
         KvPolicyConfig(**settings)
     assert all(words in str(error.value) for words in said), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv", ["--kv-policy triattention --kv-stats own.pt", "--kv-policy streaming"]
+)
+@pytest.mark.parametrize("flag", ["--kv-calibration-text a.txt", "--kv-calibration-tokens 2048"])
+def test_calibration_that_would_not_happen(argv: str, flag: str) -> None:
+    with pytest.raises(KvPolicyError, match=f"{flag} does nothing with {argv[:20]}"):
+        parse(*argv.split(), *flag.split())
+    assert parse("--kv-policy", "triattention", *flag.split()).calibrates
+    assert not parse(*argv.split()).calibrates
 
 
 def test_few_recent_tokens_need_no_reuse() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.pairs import frequency_pairs
@@ -87,3 +88,21 @@ def test_one_rotary_module_for_all_layers() -> None:
         rope.find_rotary(torch.nn.ModuleList([make(), make(rope_scaling=LLAMA3)]))
     with pytest.raises(KvPolicyError, match="none"):
         rope.find_rotary(torch.nn.Linear(2, 2))
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, layer: int, turns: bool) -> None:
+        super().__init__()
+        self.attn = RadixAttention(2, HEAD_DIM, 1.0, 1, layer_id=layer)
+        self.rotary_emb = make() if turns else None
+
+
+def test_layers_without_rope() -> None:
+    """Scores take one set of frequencies; a model whose attention does not hold RoPE is not one."""
+    both = torch.nn.ModuleList([Attention(0, True), Attention(1, True)])
+    rope.find_rotary(both)
+    outside = torch.nn.ModuleList([Attention(0, False), Attention(1, False), make()])
+    rope.find_rotary(outside)
+    some = torch.nn.ModuleList([Attention(0, True), Attention(1, False), Attention(2, False)])
+    with pytest.raises(KvPolicyError, match=r"none in layers \[1, 2\]"):
+        rope.find_rotary(some)

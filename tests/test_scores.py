@@ -12,7 +12,8 @@ import torch
 from sglang_tri import stats
 from sglang_tri.kernels.pairs import frequency_pairs
 from sglang_tri.kernels.score import score
-from sglang_tri.queries import Rope, VirtualQueries
+from sglang_tri.queries import VirtualQueries
+from sglang_tri.rope import Rope
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 # RoPE of the models that the official files belong to; factor > 1 is YaRN's attention factor.
@@ -30,7 +31,7 @@ def made_statistics(layers: int, heads: int, head_dim: int, seed: int = 0) -> st
     shape = (layers, heads, head_dim // 2)
     mean = torch.complex(*(torch.randn(shape, generator=generator) for _ in range(2)))
     spread = torch.rand(shape, generator=generator)
-    return stats.Statistics(mean, mean.abs() + spread, {}, "made")
+    return stats.Statistics(mean, mean.abs() + spread, path="made")
 
 
 def statistics_files() -> list[str]:
@@ -45,7 +46,7 @@ def load_some_layers(name: str) -> stats.Statistics:
         return made_statistics(LAYERS_TESTED, 8, 64)
     whole = stats.load(OFFICIAL / f"{name}.pt")
     return stats.Statistics(
-        whole.q_mean[:LAYERS_TESTED], whole.q_abs[:LAYERS_TESTED], whole.metadata, whole.path
+        whole.q_mean[:LAYERS_TESTED], whole.q_abs[:LAYERS_TESTED], path=whole.path
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Statistics:
 
     q_mean: torch.Tensor
     q_abs: torch.Tensor
+    _: KW_ONLY
     q_square: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None
     k_mean: torch.Tensor | None = None

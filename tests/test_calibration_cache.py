@@ -1,0 +1,103 @@
+"""Statistics made once are found again, by model, weights and text, and only good ones."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_tri import stats
+from sglang_tri.calibration import cache, identity
+from sglang_tri.stats import Statistics
+from tests.test_scores import made_statistics
+
+MINE = "ab" * 32
+
+
+def made() -> Statistics:
+    return replace(made_statistics(2, 2, 16), metadata={"fingerprint": MINE}, path="")
+
+
+def test_where_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(cache.FOLDER, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    expected = "/home/someone/.cache/sglang-tri/Qwen-Qwen3-8B-abababababababab.safetensors"
+    assert str(cache.path_of("Qwen/Qwen3-8B", MINE)) == expected
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache.folder() == Path("/xdg/sglang-tri")
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path))
+    assert cache.path_of("/models/../a b", MINE).parent == tmp_path
+
+
+def test_kept_and_found(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.safetensors"
+    assert cache.find(path, MINE) is None
+    assert cache.keep(made(), path).path == str(path)
+    found = cache.find(path, MINE)
+    assert found is not None
+    assert torch.equal(found.q_mean, made().q_mean)
+
+
+def test_damaged_and_other_files_are_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.safetensors"
+    cache.keep(made(), path)
+    assert cache.find(path, "cd" * 32) is None
+    assert "another model or text" in caplog.text
+    caplog.clear()
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole[:-9] + b"\0" * 9, b""):
+        path.write_bytes(damaged)
+        with caplog.at_level(logging.WARNING):
+            assert cache.find(path, MINE) is None
+        assert str(path) in caplog.text
+        assert "made anew" in caplog.text
+        caplog.clear()
+    cache.keep(made(), path)
+    assert stats.load(path).metadata["fingerprint"] == MINE
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    kept = cache.keep(made(), tmp_path / "file" / "a.safetensors")
+    assert kept.path == ""
+    assert "the next start calibrates again" in caplog.text
+    assert cache.FOLDER in caplog.text
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": torch.randn(70, 50, generator=generator),
+        "b": torch.randn(8, 6, generator=generator).to(torch.float8_e4m3fn),
+        "c": torch.randn(40, 3, generator=generator).bfloat16().T,
+        "scale": torch.tensor(2.0),
+        "none": torch.empty(0, 3),
+    }
+
+
+def test_weights_are_told_apart() -> None:
+    first = weights()
+    same = identity.weights(first.items())
+    assert identity.weights(reversed(weights().items())) == same
+    assert identity.weights((n, t.clone()) for n, t in first.items()) == same
+
+    def changed(name: str, tensor: torch.Tensor) -> str:
+        return identity.weights({**weights(), name: tensor}.items())
+
+    tuned = weights()["a"] * 1.001
+    others = [
+        changed("a", tuned),
+        changed("b", weights()["b"].view(torch.uint8).roll(1, 0).view(torch.float8_e4m3fn)),
+        changed("c", -weights()["c"]),
+        changed("scale", torch.tensor(3.0)),
+        changed("a", weights()["a"].double()),
+        changed("a", weights()["a"].view(50, 70)),
+        changed("d", torch.ones(1)),
+    ]
+    assert len({same, *others}) == 1 + len(others)

@@ -1,0 +1,97 @@
+"""Sums over what attention sees: RoPE undone, in slices, equal to means taken at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_tri.calibration import moments
+from sglang_tri.calibration.moments import Moments
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.kernels.pairs import frequency_pairs
+from sglang_tri.rope import Rope
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 2, 4, 2, 16, 512
+ROPES = {
+    "plain": Rope(100.0 ** -torch.arange(0, 1, 1 / 8, dtype=torch.float64), 1.0, 16, False),
+    "interleaved": Rope(100.0 ** -torch.arange(0, 1, 1 / 8, dtype=torch.float64), 1.0, 16, True),
+    "factor": Rope(100.0 ** -torch.arange(0, 1, 1 / 8, dtype=torch.float64), 1.3, 16, False),
+    "partial": Rope(100.0 ** -torch.arange(0, 1, 1 / 4, dtype=torch.float64), 1.2, 16, False),
+}
+
+
+def table(rope: Rope, dtype: torch.dtype) -> torch.Tensor:
+    phase = torch.arange(POSITIONS)[:, None] * rope.frequencies
+    return (rope.factor * torch.cat([phase.cos(), phase.sin()], -1)).to(dtype)
+
+
+def turned(heads: torch.Tensor, rope: Rope, cos_sin: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, head_dim] as an engine rotates them with its own table."""
+    cos, sin = cos_sin.float()[:, None].chunk(2, -1)
+    first, second = (
+        p[: cos.shape[-1]] for p in frequency_pairs(16, rope.rotary_dim, rope.interleaved)
+    )
+    result = heads.clone()
+    result[..., first] = heads[..., first] * cos - heads[..., second] * sin
+    result[..., second] = heads[..., second] * cos + heads[..., first] * sin
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROPES)
+def test_means(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's table may be rounded: what it rounded is what is undone."""
+    monkeypatch.setattr(moments, "_SLICE_BYTES", 8 * HEADS * HEAD_DIM // 2 * 7)
+    rope, generator = ROPES[name], torch.Generator().manual_seed(0)
+    cos_sin = table(rope, dtype)
+    found = Moments(LAYERS, HEADS, KV_HEADS, rope, cos_sin)
+    queries = 1 + torch.randn(LAYERS, POSITIONS, HEADS, HEAD_DIM, generator=generator)
+    keys = 2 + torch.randn(LAYERS, POSITIONS, KV_HEADS, HEAD_DIM, generator=generator)
+    order = torch.randperm(POSITIONS, generator=generator)
+    for layer in range(LAYERS):
+        q, k = (turned(x[layer], rope, cos_sin)[order].flatten(1) for x in (queries, keys))
+        for part in torch.arange(POSITIONS).split(200):
+            found.add(layer, q[part], k[part], order[part])
+    result = found.statistics(POSITIONS, {})
+
+    first, second = frequency_pairs(HEAD_DIM, rope.rotary_dim, rope.interleaved)
+    pairs, key_pairs = (
+        torch.complex(x[..., first].double(), x[..., second].double()) for x in (queries, keys)
+    )
+    close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(result.q_mean, pairs.mean(1), **close)
+    torch.testing.assert_close(result.k_mean, key_pairs.mean(1), **close)
+    torch.testing.assert_close(result.q_abs, pairs.abs().mean(1), **close)
+    torch.testing.assert_close(result.q_square, pairs.abs().square().mean(1), **close)
+    torch.testing.assert_close(result.q_norm, queries.double().norm(dim=-1).mean(1), **close)
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    rope = ROPES["plain"]
+    found = Moments(1, HEADS, KV_HEADS, rope, table(rope, torch.float32))
+    rows = moments._SLICE_BYTES // (8 * HEADS * HEAD_DIM // 2)
+    sizes: list[int] = []
+    original = Moments._unrotated
+
+    def watched(self: Moments, heads: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+        result = original(self, heads, turn)
+        sizes.append(result.numel() * result.element_size())
+        return result
+
+    Moments._unrotated = watched  # type: ignore[method-assign]
+    try:
+        tokens = 2 * rows + 5
+        q, k = torch.ones(tokens, HEADS * HEAD_DIM), torch.ones(tokens, KV_HEADS * HEAD_DIM)
+        found.add(0, q, k, torch.zeros(tokens, dtype=torch.int64))
+    finally:
+        Moments._unrotated = original  # type: ignore[method-assign]
+    assert len(sizes) == 6
+    assert max(sizes) <= moments._SLICE_BYTES
+
+
+def test_a_layer_that_was_not_seen() -> None:
+    rope = ROPES["plain"]
+    found = Moments(LAYERS, HEADS, KV_HEADS, rope, table(rope, torch.float32))
+    found.add(0, torch.ones(3, 64), torch.ones(3, 32), torch.arange(3))
+    with pytest.raises(KvPolicyError, match="0 of 3 queries in layer 1"):
+        found.statistics(3, {})
