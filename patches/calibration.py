@@ -33,14 +33,14 @@ def automatic(
     Raises:
         KvPolicyError: the text cannot be used, or the model's attention cannot be measured.
     """
+    began = time.monotonic()
     sequences = _sequences(scheduler, settings)
     metadata = _metadata(scheduler, settings, rope, sequences)
     path = cache.path_of(metadata["model_name"], metadata["fingerprint"])
     found = cache.find(path, metadata["fingerprint"])
     if found is not None:
-        logger.info("Query statistics: read from %s", path)
+        logger.info("Query statistics: read from %s in %.1f s", path, time.monotonic() - began)
         return found
-    began = time.monotonic()
     statistics = _measure(scheduler, sequences, module, rope, metadata)
     took = time.monotonic() - began
     logger.info("Query statistics: measured with %d tokens in %.1f s", sequences.tokens, took)

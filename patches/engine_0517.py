@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import sglang_0517 as adapter
 
 if TYPE_CHECKING:
@@ -18,18 +19,28 @@ if TYPE_CHECKING:
 
 
 def tokenizer(scheduler: Scheduler) -> Tokenizer:
-    """The model's tokenizer, also with --skip-tokenizer-init."""
+    """The model's tokenizer, also with --skip-tokenizer-init.
+
+    Raises:
+        KvPolicyError: it cannot be loaded.
+    """
     if scheduler.tokenizer is not None:
         return scheduler.tokenizer
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
     args = scheduler.server_args
-    return get_tokenizer(
-        args.tokenizer_path,
-        tokenizer_mode=args.tokenizer_mode,
-        trust_remote_code=args.trust_remote_code,
-        tokenizer_revision=args.revision,
-    )
+    try:
+        return get_tokenizer(
+            args.tokenizer_path,
+            tokenizer_mode=args.tokenizer_mode,
+            trust_remote_code=args.trust_remote_code,
+            tokenizer_revision=args.revision,
+        )
+    except (OSError, ValueError) as error:
+        raise KvPolicyError(
+            f"--kv-stats auto: {args.tokenizer_path} needs its tokenizer to read text ({error}). "
+            "Give --tokenizer-path, or --kv-stats FILE."
+        ) from error
 
 
 def longest_prefill(scheduler: Scheduler) -> int:

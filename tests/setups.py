@@ -9,6 +9,7 @@ from bench.server import STOCK_ENVIRONMENT
 
 BUDGET, INTERVAL = 48, 24
 ALIAS_LIMIT = 24
+README = Path(__file__).parents[1] / "README.md"
 # It marks the end of thinking.
 THINKING = Path(__file__).parents[1] / "bench" / "agent" / "template.jinja"
 PAGE_4 = ("--page-size", "4")
@@ -24,6 +25,7 @@ COMMON = (
     *("--decode-log-interval", "1", "--constrained-json-disable-any-whitespace"),
     *("--chat-template", str(THINKING)),
 )
+OWN_TEXT = ("--kv-calibration-text", str(README), "--kv-calibration-tokens", "4096")
 FUZZ = (
     *("--max-total-tokens", "1536", "--max-running-requests", "8", "--chunked-prefill-size", "64"),
     *("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"),
@@ -65,7 +67,7 @@ SETUPS = {
     "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4)),
     "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX), automatic=True),
     "llama3": Setup(kind="llama3", automatic=True),
-    "yarn": Setup(kind="yarn", automatic=True),
+    "yarn": Setup(kind="yarn", arguments=(*COMMON, *OWN_TEXT), automatic=True),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4), environment=_RETRACT),
 }

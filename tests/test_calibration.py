@@ -17,16 +17,18 @@ from sglang_tri.calibration import text
 from sglang_tri.queries import VirtualQueries
 from sglang_tri.stats import validate
 from tests.conftest import Running
-from tests.setups import COMMON
+from tests.setups import COMMON, README
 
-CHUNK, TOKENS = 128, 16384
+CHUNK = 128
 MEASURING = ["page1-sync", "llama3", "yarn"]
 
 
-def sequences(model: Path) -> torch.Tensor:
-    """What the server let its model read."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return torch.tensor(text.tokenize(text.read(None), tokenizer, TOKENS, CHUNK, "text").ids)
+def sequences(server: Running) -> torch.Tensor:
+    """What the server was to let its model read."""
+    tokenizer = AutoTokenizer.from_pretrained(server.model)
+    own = server.name == "yarn"
+    content, tokens = text.read(str(README) if own else None), 4096 if own else 16384
+    return torch.tensor(text.tokenize(content, tokenizer, tokens, CHUNK, "text").ids)
 
 
 def measured(server: Running) -> stats.Statistics:
@@ -42,7 +44,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("server", MEASURING, indirect=True)
 def test_equal_to_an_independent_capture(server: Running) -> None:
     """Queries and keys after the norms and before RoPE, as transformers computes them."""
-    found, ids = measured(server), sequences(server.model)
+    found, ids = measured(server), sequences(server)
     queries = torch.stack(capture_heads(server.model, ids)).double()
     mean, size, square, norm = head_means(queries)
     assert relative(found.q_mean, mean) < 1e-3
@@ -52,7 +54,7 @@ def test_equal_to_an_independent_capture(server: Running) -> None:
     assert relative(found.q_norm, norm) < 1e-3
     keys, *_ = head_means(torch.stack(capture_heads(server.model, ids, "k")).double())
     assert relative(found.k_mean, keys) < 1e-3
-    assert found.metadata["tokens"] == TOKENS == queries.shape[1]
+    assert found.metadata["tokens"] == ids.numel() == queries.shape[1]
 
     independent = stats.Statistics(mean.to(torch.complex64), size.float())
     assert found.rope is not None
@@ -80,7 +82,7 @@ def test_nothing_of_it_stays(server: Running) -> None:
     assert start["row_entries"] == 0
     assert start["forward_hooks"] == 0
     log = server.server.log.read_text()
-    assert f"Query statistics: measured with {TOKENS} tokens" in log
+    assert f"Query statistics: measured with {sequences(server).numel()} tokens" in log
 
 
 @pytest.mark.parametrize("server", ["page4-sync"], indirect=True)
@@ -102,3 +104,12 @@ def test_same_text_same_bytes(server: Running, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == Path(server.server.kv_policy()["statistics"]).read_bytes()
+
+
+@pytest.mark.parametrize("server", ["page1-overlap", "yarn"], indirect=True)
+def test_new_weights_make_automatic_statistics_stale(server: Running) -> None:
+    """Those of a file are the user's own affair."""
+    response = server.server.post("/update_weights_from_disk", model_path=str(server.model))
+    assert response.json()["success"], response.text
+    warned = "the query statistics of --kv-stats auto are those" in server.server.log.read_text()
+    assert warned == server.setup.automatic

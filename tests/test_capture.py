@@ -91,3 +91,18 @@ def test_longest_prefill(chunk: int | None, context: int, pool: int, expected: i
         max_total_num_tokens=pool,
     )
     assert engine.longest_prefill(scheduler) == expected
+
+
+def test_the_tokenizer_of_a_server_that_has_none(servers: Any) -> None:
+    """With --skip-tokenizer-init it is loaded for this alone."""
+
+    def without(path: str) -> Any:
+        args = SimpleNamespace(
+            tokenizer_path=path, tokenizer_mode="auto", trust_remote_code=False, revision=None
+        )
+        return SimpleNamespace(tokenizer=None, server_args=args)
+
+    found = engine.tokenizer(without(str(servers.model("qwen3"))))
+    assert found.encode("abc") == [97, 98, 99]
+    with pytest.raises(KvPolicyError, match="no/such needs its tokenizer"):
+        engine.tokenizer(without("no/such"))
