@@ -36,7 +36,7 @@ def automatic(
     began = time.monotonic()
     sequences = _sequences(scheduler, settings)
     metadata = _metadata(scheduler, settings, rope, sequences)
-    path = cache.path_of(metadata["model_name"], metadata["fingerprint"])
+    path = cache.path_of(metadata["architectures"][0], metadata["fingerprint"])
     found = cache.find(path, metadata["fingerprint"])
     if found is not None:
         logger.info("Query statistics: read from %s in %.1f s", path, time.monotonic() - began)
@@ -48,13 +48,11 @@ def automatic(
 
 
 def _sequences(scheduler: Scheduler, settings: KvPolicyConfig) -> text.Sequences:
-    chosen = settings.calibration_text
     return text.tokenize(
-        text.read(chosen),
+        text.Source(settings.calibration_text),
         engine.tokenizer(scheduler),
         settings.calibration_tokens,
         engine.longest_prefill(scheduler),
-        "the default calibration text" if chosen is None else f"--kv-calibration-text {chosen}",
     )
 
 
@@ -71,6 +69,7 @@ def _metadata(
     }
     return {
         **model,
+        "model_name": scheduler.server_args.model_path,
         "fingerprint": identity.fingerprint(identified),
         "tokens": sequences.tokens,
         "sequences": len(sequences.ids),
@@ -90,7 +89,8 @@ def _measure(
     runner = scheduler.tp_worker.model_runner
     layers = capture.attention_layers(runner.model, runner.model_config.num_hidden_layers)
     heads = layers[0].tp_q_head_num, layers[0].tp_k_head_num
-    moments = Moments(len(layers), *heads, rope, module.cos_sin_cache)
+    # Read at each use: the engine may replace the table at its first.
+    moments = Moments(len(layers), *heads, rope, lambda: module.cos_sin_cache)
     try:
         with torch.no_grad(), engine.eager_prefill(runner), capture.captured(layers, moments):
             for ids in sequences.ids:

@@ -45,8 +45,8 @@ def captured(layers: list[RadixAttention], moments: Moments) -> Iterator[None]:
         call = signature.bind(layer, *args, **kwargs).arguments
         if call["k"] is None:
             raise KvPolicyError(
-                f"--kv-stats auto cannot measure layer {layer.layer_id}: it shares another "
-                "layer's keys. Give --kv-stats FILE."
+                f"--kv-stats auto cannot measure layer {layer.layer_id}: its attention is given no "
+                "keys. Give --kv-stats FILE."
             )
         moments.add(layer.layer_id, call["q"], call["k"], call["forward_batch"].positions)
 

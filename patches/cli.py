@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
             calibrate.run(arguments.output, rest)
         else:
             arguments.run(arguments)
-    except KvPolicyError as error:
+    except (KvPolicyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

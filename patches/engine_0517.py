@@ -59,7 +59,6 @@ def describe_model(scheduler: Scheduler) -> dict[str, Any]:
     runner = scheduler.tp_worker.model_runner
     config = runner.model_config
     return {
-        "model_name": config.model_path,
         "architectures": list(config.hf_config.architectures),
         "head_dim": config.head_dim,
         "num_layers": config.num_hidden_layers,
@@ -91,7 +90,7 @@ def eager_prefill(runner: ModelRunner) -> Iterator[None]:
 
 
 def prefill(scheduler: Scheduler, ids: Sequence[int]) -> None:
-    """Let the engine compute the KV of `ids`, and release its slots."""
+    """Let the engine compute the KV of `ids`; leave nothing of it in its slots."""
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.mem_cache.common import release_kv_cache
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -114,15 +113,19 @@ def prefill(scheduler: Scheduler, ids: Sequence[int]) -> None:
     batch.prepare_for_extend()
     batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
     runner.forward(ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False))
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        buffer[batch.out_cache_loc] = 0
+    row = req.req_pool_idx
     release_kv_cache(req, scheduler.tree_cache, is_insert=False)
+    scheduler.req_to_token_pool.req_to_token[row] = 0
 
 
 def empty_pool(scheduler: Scheduler) -> None:
-    """Slots, rows and tree as they were when the engine was loaded, and no KV left in them."""
-    rows, allocator = scheduler.req_to_token_pool, scheduler.token_to_kv_pool_allocator
+    """Slots, rows, tree and the device's memory as they were when the engine was loaded."""
+    from sglang.srt.platforms import current_platform
+
     scheduler.tree_cache.reset()
-    rows.clear()
-    allocator.clear()
-    pool = allocator.get_kvcache()
-    for buffer in (rows.req_to_token, *pool.k_buffer, *pool.v_buffer):
-        buffer.zero_()
+    scheduler.req_to_token_pool.clear()
+    scheduler.token_to_kv_pool_allocator.clear()
+    current_platform.empty_cache()

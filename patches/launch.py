@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sglang_tri import stats
@@ -65,13 +67,20 @@ def read_statistics(settings: KvPolicyConfig) -> Statistics | None:
         KvPolicyError: the file, or the text to make statistics with, cannot be read.
     """
     if settings.calibrates:
-        text.read(settings.calibration_text)
+        text.Source(settings.calibration_text).read()
     if settings.stats_file is None:
         return None
-    try:
+    with naming_statistics():
         return stats.load(settings.stats_file)
+
+
+@contextmanager
+def naming_statistics() -> Iterator[None]:
+    """Inside, errors of a file become those of the flag that names it."""
+    try:
+        yield
     except KvPolicyError as error:
-        raise KvPolicyError(f"--kv-stats {error}") from error
+        raise KvPolicyError(f"--kv-stats {error} (--kv-stats auto makes new ones.)") from error
 
 
 def check_statistics(settings: KvPolicyConfig, model: Any) -> None:
@@ -79,8 +88,9 @@ def check_statistics(settings: KvPolicyConfig, model: Any) -> None:
     found = read_statistics(settings)
     if found is None:
         return
-    found.check_geometry(model.num_hidden_layers, model.num_attention_heads, model.head_dim)
-    found.check_rope_settings(engine.rope_settings(model))
+    with naming_statistics():
+        found.check_geometry(model.num_hidden_layers, model.num_attention_heads, model.head_dim)
+        found.check_rope_settings(engine.rope_settings(model))
     served = model.model_path.rstrip("/").rsplit("/", 1)[-1]
     named = (found.model_name or served).rstrip("/").rsplit("/", 1)[-1]
     if named != served:

@@ -82,11 +82,12 @@ def _read_statistics(
     spec = rope.read_rope(module)
     if statistics is None:
         statistics = calibration.automatic(scheduler, settings, module, spec)
-    statistics.check_rope(spec)
     keys = runtime.cache.keys
     kv_heads, head_dim = keys[0].shape[1:]
     group = statistics.shape[1] // kv_heads
-    statistics.check_geometry(len(keys), kv_heads * group, head_dim)
+    with launch.naming_statistics():
+        statistics.check_rope(spec)
+        statistics.check_geometry(len(keys), kv_heads * group, head_dim)
     runtime.queries = VirtualQueries(statistics, spec, runtime.cache.device)
     return statistics
 

@@ -218,6 +218,12 @@ SERVER_ARGS = (
         "Use --kv-cache-dtype auto, bfloat16, fp8_e4m3 or fp8_e5m2.",
     ),
     Refusal(
+        "post-capture KV sizing",
+        _environment("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+        "it leaves no memory for work outside CUDA graphs",
+        "Unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.",
+    ),
+    Refusal(
         "HND KV pool",
         _environment("SGLANG_USE_HND_KVCACHE"),
         "a slot is not one contiguous row",

@@ -28,8 +28,7 @@ class VirtualQueries:
     def __init__(self, statistics: Statistics, rope: Rope, device: torch.device | str) -> None:
         self.pairs = frequency_pairs(rope.head_dim, rope.rotary_dim, rope.interleaved, device)
         frequencies = rope.padded_frequencies()
-        factor = torch.ones_like(frequencies)
-        factor[: rope.frequencies.numel()] = rope.factor
+        factor = rope.padded_factors()
         offsets = torch.tensor(OFFSETS, dtype=torch.float64)
         fold = torch.polar(torch.ones(1, dtype=torch.float64), offsets[:, None] * frequencies)
         centre = statistics.q_mean.to(torch.complex128) * (factor * fold.mean(0))

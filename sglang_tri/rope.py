@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Engines make their tables in float32.
+_PRECISION = 1e-5
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -37,18 +40,23 @@ class Rope:
         unrotated = self.head_dim // 2 - self.frequencies.numel()
         return torch.cat([self.frequencies, self.frequencies.new_zeros(unrotated)])
 
-    def agrees_with(self, other: Rope) -> bool:
-        """Whether both rotate alike, to the precision that engines make their tables with."""
-        return (
-            (self.head_dim, self.interleaved) == (other.head_dim, other.interleaved)
-            and self.frequencies.shape == other.frequencies.shape
-            and torch.allclose(self.frequencies, other.frequencies, rtol=1e-5, atol=0)
-            and abs(self.factor - other.factor) <= 1e-5 * other.factor
-        )
+    def padded_factors(self) -> torch.Tensor:
+        """float64 [head_dim / 2]: the factor, and 1 where a pair is not rotated."""
+        factors = torch.ones(self.head_dim // 2, dtype=torch.float64)
+        factors[: self.frequencies.numel()] = self.factor
+        return factors
 
-    def __str__(self) -> str:
-        slowest = float(self.frequencies.min())
-        return (
-            f"{self.style} pairs, rotary size {self.rotary_dim} of {self.head_dim}, "
-            f"slowest frequency {slowest:.4g}, factor {self.factor:.4g}"
-        )
+    def difference(self, other: Rope) -> tuple[str, str] | None:
+        """What this one has and what `other` has, in words, or None where both rotate alike."""
+        if self.style != other.style:
+            return f"pairs in {self.style!r} style", f"pairs in {other.style!r} style"
+        if self.rotary_dim != other.rotary_dim:
+            return f"rotary size {self.rotary_dim}", f"rotary size {other.rotary_dim}"
+        if abs(self.factor - other.factor) > _PRECISION * other.factor:
+            return f"factor {self.factor:.6g}", f"factor {other.factor:.6g}"
+        apart = (self.frequencies - other.frequencies).abs() > _PRECISION * other.frequencies
+        if not apart.any():
+            return None
+        pair = int(apart.nonzero()[0])
+        mine, theirs = (float(rope.frequencies[pair]) for rope in (self, other))
+        return f"frequency {mine:.6g} in pair {pair}", f"frequency {theirs:.6g} in pair {pair}"

@@ -88,7 +88,8 @@ class Runtime:
         policy = POLICIES[settings.policy]
         if policy.needs_statistics and self.queries is None:
             raise KvPolicyError(
-                f"--kv-policy {settings.policy} needs query statistics: give --kv-stats FILE."
+                f"--kv-policy {settings.policy} needs query statistics, and this server was "
+                "started without any: give --kv-stats FILE."
             )
         if policy.needs_live_queries:
             raise KvPolicyError(

@@ -25,6 +25,10 @@ def table(rope: Rope, dtype: torch.dtype) -> torch.Tensor:
     return (rope.factor * torch.cat([phase.cos(), phase.sin()], -1)).to(dtype)
 
 
+def sums(layers: int, rope: Rope, cos_sin: torch.Tensor) -> Moments:
+    return Moments(layers, HEADS, KV_HEADS, rope, lambda: cos_sin)
+
+
 def turned(heads: torch.Tensor, rope: Rope, cos_sin: torch.Tensor) -> torch.Tensor:
     """[tokens, heads, head_dim] as an engine rotates them with its own table."""
     cos, sin = cos_sin.float()[:, None].chunk(2, -1)
@@ -44,7 +48,7 @@ def test_means(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(moments, "_SLICE_BYTES", 8 * HEADS * HEAD_DIM // 2 * 7)
     rope, generator = ROPES[name], torch.Generator().manual_seed(0)
     cos_sin = table(rope, dtype)
-    found = Moments(LAYERS, HEADS, KV_HEADS, rope, cos_sin)
+    found = sums(LAYERS, rope, cos_sin)
     queries = 1 + torch.randn(LAYERS, POSITIONS, HEADS, HEAD_DIM, generator=generator)
     keys = 2 + torch.randn(LAYERS, POSITIONS, KV_HEADS, HEAD_DIM, generator=generator)
     order = torch.randperm(POSITIONS, generator=generator)
@@ -68,7 +72,7 @@ def test_means(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 
 def test_memory_does_not_grow_with_the_text() -> None:
     rope = ROPES["plain"]
-    found = Moments(1, HEADS, KV_HEADS, rope, table(rope, torch.float32))
+    found = sums(1, rope, table(rope, torch.float32))
     rows = moments._SLICE_BYTES // (8 * HEADS * HEAD_DIM // 2)
     sizes: list[int] = []
     original = Moments._unrotated
@@ -89,9 +93,36 @@ def test_memory_does_not_grow_with_the_text() -> None:
     assert max(sizes) <= moments._SLICE_BYTES
 
 
+def test_a_table_that_the_engine_replaces() -> None:
+    """SGLang converts it at its first use with some head sizes."""
+    rope = ROPES["plain"]
+    tables = [table(rope, torch.float32) * 9]
+    found = Moments(1, HEADS, KV_HEADS, rope, lambda: tables[-1])
+    tables.append(table(rope, torch.bfloat16))
+    heads = torch.ones(POSITIONS, HEADS, HEAD_DIM)
+    q = turned(heads, rope, tables[-1])
+    found.add(0, q.flatten(1), q[:, :KV_HEADS].flatten(1), torch.arange(POSITIONS))
+    mean = found.statistics(POSITIONS, {}).q_mean
+    torch.testing.assert_close(mean, torch.full_like(mean, 1 + 1j))
+
+
+def test_queries_of_few_bits() -> None:
+    rope, cos_sin = ROPES["plain"], table(ROPES["plain"], torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    queries = 3 + torch.randn(POSITIONS, HEADS, HEAD_DIM, generator=generator)
+    found = sums(1, rope, cos_sin)
+    rounded = turned(queries, rope, cos_sin).bfloat16()
+    found.add(0, rounded.flatten(1), rounded[:, :KV_HEADS].flatten(1), torch.arange(POSITIONS))
+    first, second = queries.chunk(2, -1)
+    expected = torch.complex(first, second).mean(0)
+    torch.testing.assert_close(
+        found.statistics(POSITIONS, {}).q_mean[0], expected, rtol=0, atol=1e-2
+    )
+
+
 def test_a_layer_that_was_not_seen() -> None:
     rope = ROPES["plain"]
-    found = Moments(LAYERS, HEADS, KV_HEADS, rope, table(rope, torch.float32))
+    found = sums(LAYERS, rope, table(rope, torch.float32))
     found.add(0, torch.ones(3, 64), torch.ones(3, 32), torch.arange(3))
     with pytest.raises(KvPolicyError, match="0 of 3 queries in layer 1"):
         found.statistics(3, {})

@@ -49,6 +49,7 @@ OFFENDING_ARGS: dict[str, dict[str, Any]] = {
     "deterministic inference": {"enable_deterministic_inference": True},
 }
 OFFENDING_ENVIRONMENT = {
+    "post-capture KV sizing": "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     "HND KV pool": "SGLANG_USE_HND_KVCACHE",
     "Rust server": "SGLANG_RUST_SERVER",
     "C++ radix tree": "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",

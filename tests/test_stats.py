@@ -64,6 +64,10 @@ def content() -> dict[str, Any]:
     return official(made_statistics(LAYERS, HEADS, HEAD_DIM))
 
 
+def keys(heads: int) -> dict[str, torch.Tensor]:
+    return {f"k_mean_{part}": torch.ones(LAYERS, heads, HEAD_DIM // 2) for part in ("real", "imag")}
+
+
 def written(content: object, tmp_path: Path) -> Path:
     path = tmp_path / "stats.pt"
     torch.save(content, path)
@@ -181,6 +185,12 @@ def test_one_changed_bit_is_found(tmp_path: Path) -> None:
         (lambda c: c["metadata"].update(model_name=3), "metadata"),
         (lambda c: c.update(sglang_tri={"q_norm_mean": torch.ones(3)}), "q_norm_mean is"),
         (lambda c: c.update(sglang_tri={"k_mean_real": torch.ones(3, 1, 16)}), "half of k_mean"),
+        (lambda c: c.update(sglang_tri=keys(3)), "k_mean_real is"),
+        (lambda c: c.update(sglang_tri=keys(0)), "k_mean_real is"),
+        (lambda c: c.update(sglang_tri=3), "more than tensors"),
+        (lambda c: c.update(sglang_tri={"k_mean_real": 3}), "more than tensors"),
+        (lambda c: c["metadata"].update(rope_factor="much"), "rope_factor of 'much'"),
+        (lambda c: c["metadata"].update(tokens=torch.ones(1)), "not plain values"),
     ],
 )
 def test_damaged_content(
@@ -227,8 +237,17 @@ def test_other_rope_is_refused() -> None:
     # An engine may round its frequencies to float32.
     found.check_rope(replace(PLAIN, frequencies=PLAIN.frequencies.float().double()))
     slower = replace(PLAIN, frequencies=PLAIN.frequencies / 2)
-    for other in (slower, replace(PLAIN, factor=1.2), replace(PLAIN, frequencies=torch.ones(8))):
-        with pytest.raises(KvPolicyError, match=r"made with RoPE of .* the model has "):
+    bent = PLAIN.frequencies.clone()
+    bent[5] *= 1.01
+    for other, mine, theirs in (
+        (slower, "frequency 1 in pair 0", "frequency 0.5 in pair 0"),
+        (replace(PLAIN, frequencies=bent), "in pair 5", "in pair 5"),
+        (replace(PLAIN, factor=1.2), "factor 1", "factor 1.2"),
+        (replace(PLAIN, frequencies=torch.ones(8)), "rotary size 32", "rotary size 16"),
+        (replace(PLAIN, interleaved=True), "'half' style", "'interleaved' style"),
+    ):
+        said = f"made with RoPE of .*{mine}, the model has .*{theirs}: use statistics"
+        with pytest.raises(KvPolicyError, match=said):
             found.check_rope(other)
 
 
@@ -242,6 +261,10 @@ def test_rope_settings_of_official_files() -> None:
         with pytest.raises(KvPolicyError, match=f"made with {name} .*, the model has {name}"):
             found.check_rope_settings({**model, name: value})
     replace(found, metadata={}).check_rope_settings(model)
+    nested = replace(found, metadata={"rope_scaling": {"rope_type": "yarn"}})
+    with pytest.raises(KvPolicyError, match="rope_type yarn, the model has rope_type default"):
+        nested.check_rope_settings({"rope_type": "default"})
+    replace(found, metadata={"rope_scaling": "linear"}).check_rope_settings(model)
 
 
 def _write_often(path: Path, times: int) -> None:

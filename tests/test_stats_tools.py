@@ -174,7 +174,13 @@ def test_plots(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["convert", "{ours}", "a.npz"], "a.npz must end in .pt or .safetensors"),
         (["plot", "{ours}", "-o", "a.svg"], "-o a.svg must end in .html or .png"),
         (["plot", "{ours}", "-o", "a.png", "--heads", "3.0"], "--heads 3.0: .*layers 0 to 2"),
-        (["plot", "{ours}", "-o", "a.png", "--validate", "99"], "--validate needs the model"),
+        (["plot", "{ours}", "-o", "a.png", "--validate", "999"], "--validate needs the model"),
+        (
+            ["plot", "{ours}", "-o", "a.png", "--validate", "99", "--model-path", "m"],
+            "--validate 99 is too small",
+        ),
+        (["plot", "{ours}", "-o", "no/such/a.png"], "no/such/a.png"),
+        (["convert", "{ours}", "no/such/a.pt"], "no/such"),
         (["diff", "{ours}", "{other}"], r"\(3, 4, 32\), .*\(2, 4, 32\)"),
     ],
 )

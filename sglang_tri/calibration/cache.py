@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,31 +17,39 @@ FOLDER = "SGLANG_KV_POLICY_CACHE"
 
 
 def folder() -> Path:
-    """$SGLANG_KV_POLICY_CACHE, or `sglang-tri` in the user's cache folder by the XDG rules."""
-    chosen = os.environ.get(FOLDER)
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sglang-tri"
+    """$SGLANG_KV_POLICY_CACHE, or `sglang-tri` in the user's cache folder by the XDG rules.
+
+    Raises:
+        KvPolicyError: there is no home folder, and none of the variables is set.
+    """
+    chosen, base = os.environ.get(FOLDER), os.environ.get("XDG_CACHE_HOME")
+    if chosen or base:
+        return Path(chosen) if chosen else Path(base or "") / "sglang-tri"
+    try:
+        return Path.home() / ".cache" / "sglang-tri"
+    except RuntimeError as error:
+        raise KvPolicyError(
+            f"--kv-stats auto keeps its result in the home folder, and there is none ({error}): "
+            f"set {FOLDER} to a folder."
+        ) from error
 
 
-def path_of(model_name: str, fingerprint: str) -> Path:
-    """Where statistics with this fingerprint are kept; the model's name is for people."""
-    readable = re.sub(r"[^\w.-]+", "-", model_name).strip("-.")[-64:]
-    return folder() / f"{readable}-{fingerprint[:16]}.safetensors"
+def path_of(architecture: str, fingerprint: str) -> Path:
+    """Where statistics with this fingerprint are kept; the architecture is for people."""
+    return folder() / f"{architecture}-{fingerprint[:16]}.safetensors"
 
 
 def find(path: Path, fingerprint: str) -> Statistics | None:
     """Statistics kept at `path`; None where there are none, or other or damaged ones."""
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         found = stats.load(path)
-    except KvPolicyError as error:
-        logger.warning("%s They are made anew.", error)
+    except (KvPolicyError, OSError) as error:
+        logger.warning("Kept query statistics cannot be used, they are made anew: %s", error)
         return None
     if found.metadata.get("fingerprint") != fingerprint:
-        logger.warning("%s was made for another model or text. It is made anew.", path)
+        logger.warning("%s was made for another model or text, it is made anew.", path)
         return None
     return found
 

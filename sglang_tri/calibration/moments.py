@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sglang_tri.errors import KvPolicyError
@@ -9,7 +11,7 @@ from sglang_tri.kernels.pairs import frequency_pairs
 from sglang_tri.rope import Rope
 from sglang_tri.stats import Statistics
 
-# Bytes of one slice of heads as complex numbers: bounds what is held beside the sums.
+# Bytes of one slice of heads as complex numbers; about five such are held beside the sums.
 _SLICE_BYTES = 16 << 20
 
 
@@ -20,14 +22,19 @@ class Moments:
         layers: attention layers, all of one geometry.
         query_heads, kv_heads: heads per layer.
         rope: what the engine has done to queries and keys when they are seen here.
-        table: the engine's cos and sin, [positions, rotary_dim], halves side by side.
+        table: gives the engine's cos and sin, [positions, rotary_dim], halves side by side.
     """
 
     def __init__(
-        self, layers: int, query_heads: int, kv_heads: int, rope: Rope, table: torch.Tensor
+        self,
+        layers: int,
+        query_heads: int,
+        kv_heads: int,
+        rope: Rope,
+        table: Callable[[], torch.Tensor],
     ) -> None:
         self.seen = [0] * layers
-        self._rope, self._table, device = rope, table, table.device
+        self._rope, self._table, device = rope, table, table().device
         self._pairs = frequency_pairs(rope.head_dim, rope.rotary_dim, rope.interleaved, device)
         pairs = rope.head_dim // 2
         queries, keys = (layers, query_heads, pairs), (layers, kv_heads, pairs)
@@ -85,7 +92,7 @@ class Moments:
 
     def _turn(self, positions: torch.Tensor) -> torch.Tensor:
         """complex64 [tokens, 1, rotary_dim / 2]: what undoes RoPE, as the engine rounded it."""
-        cos, sin = self._table[positions].float().chunk(2, -1)
+        cos, sin = self._table()[positions].float().chunk(2, -1)
         return (1 / torch.complex(cos, sin))[:, None]
 
     def _unrotated(self, heads: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:

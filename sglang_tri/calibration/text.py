@@ -12,7 +12,7 @@ import numpy as np
 
 from sglang_tri.errors import KvPolicyError
 
-# No tokenizer in use makes fewer tokens of this many characters of ordinary text.
+# Tokenizers in use make more tokens of ordinary text: a long one need not be read to its end.
 _CHARACTERS_PER_TOKEN = 8
 # In ordinary text hardly any stretch of this many tokens occurs twice, in repeated lines all do.
 _WINDOW = 8
@@ -46,39 +46,53 @@ class Sequences:
         return sum(map(len, self.ids))
 
 
-def read(path: str | None) -> str:
-    """The text in the file `path`, or the default: Python's own reference, prose and code.
+@dataclass(frozen=True)
+class Source:
+    """Where a text comes from.
 
-    Raises:
-        KvPolicyError: the file cannot be read as UTF-8 text.
+    Attributes:
+        path: a file in UTF-8, or None for the default: Python's own reference, prose and code.
+        flag: the option that named it, for messages.
+        tokens_flag: the option that says how many tokens of it are taken.
     """
-    if path is None:
-        from pydoc_data.topics import topics
 
-        return "\n\n".join(topics[name] for name in sorted(topics))
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise KvPolicyError(
-            f"--kv-calibration-text {path} cannot be read ({error}): give a text file in UTF-8."
-        ) from error
+    path: str | None
+    flag: str = "--kv-calibration-text"
+    tokens_flag: str = "--kv-calibration-tokens"
+
+    def __str__(self) -> str:
+        return "the default text" if self.path is None else f"{self.flag} {self.path}"
+
+    def read(self) -> str:
+        """The text.
+
+        Raises:
+            KvPolicyError: the file cannot be read as UTF-8 text.
+        """
+        if self.path is None:
+            from pydoc_data.topics import topics
+
+            return "\n\n".join(topics[name] for name in sorted(topics))
+        try:
+            return Path(self.path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise KvPolicyError(
+                f"{self} cannot be read ({error}): give a text file in UTF-8."
+            ) from error
 
 
-def tokenize(text: str, tokenizer: Tokenizer, tokens: int, length: int, name: str) -> Sequences:
-    """The beginning of `text` as sequences of at most `length` tokens, `tokens` in all.
+def tokenize(source: Source, tokenizer: Tokenizer, tokens: int, length: int) -> Sequences:
+    """The beginning of a text as sequences of at most `length` tokens, `tokens` in all.
 
     Each begins with the tokenizer's BOS token where the tokenizer begins texts with one.
 
-    Args:
-        name: what the text is called in messages.
-
     Raises:
-        KvPolicyError: the text is too short, or repeats itself.
+        KvPolicyError: the text cannot be read, is too short, or repeats itself.
     """
-    start = _start(tokenizer)
-    # Not verbose: tokenizers warn of texts that are longer than the model's context.
-    beginning = text[: tokens * _CHARACTERS_PER_TOKEN]
-    ids = tokenizer.encode(beginning, add_special_tokens=False, verbose=False)
+    start, text = _start(tokenizer), source.read()
+    ids = _encode(tokenizer, text[: tokens * _CHARACTERS_PER_TOKEN])
+    if len(ids) < tokens:
+        ids = _encode(tokenizer, text)
     body = length - len(start)
     pieces = [ids[begin : begin + body] for begin in range(0, len(ids), body)]
     sequences, missing = [], tokens
@@ -89,10 +103,10 @@ def tokenize(text: str, tokenizer: Tokenizer, tokens: int, length: int, name: st
             sequences.append(sequence)
     if missing:
         raise KvPolicyError(
-            f"{name} has {tokens - missing} tokens, less than --kv-calibration-tokens {tokens}: "
+            f"{source} has {tokens - missing} tokens, less than {source.tokens_flag} {tokens}: "
             "give a longer text or a smaller number."
         )
-    _check_variety(ids[:tokens], name)
+    _check_variety(ids[:tokens], source)
     return Sequences(tuple(sequences), _sha256(sequences))
 
 
@@ -101,12 +115,17 @@ def _start(tokenizer: Tokenizer) -> list[int]:
     return [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
 
 
-def _check_variety(ids: Sequence[int], name: str) -> None:
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    # Not verbose: tokenizers warn of texts that are longer than the model's context.
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def _check_variety(ids: Sequence[int], source: Source) -> None:
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(ids), _WINDOW)
     distinct = len(np.unique(windows, axis=0)) / len(windows)
     if distinct < _LEAST_DISTINCT:
         raise KvPolicyError(
-            f"{name} repeats itself: only {distinct:.0%} of its stretches of {_WINDOW} tokens "
+            f"{source} repeats itself: only {distinct:.0%} of its stretches of {_WINDOW} tokens "
             "are distinct. Statistics of it would describe that text, not the model: give "
             "ordinary text or code."
         )

@@ -68,7 +68,7 @@ def _rope(arguments: argparse.Namespace, statistics: Statistics) -> Rope | None:
     if statistics.rope is not None:
         return statistics.rope
     if arguments.model_path is not None:
-        return model_rope.of_model(arguments.model_path)
+        return model_rope.of_model(arguments.model_path, statistics.interleaved)
     if arguments.rope_theta is not None:
         return model_rope.plain(arguments.rope_theta, statistics.shape[2])
     return None
@@ -88,6 +88,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
+    plot.check_output(arguments.output)
     statistics = stats.load(arguments.file)
     heads = arguments.heads or plot.chosen_heads(statistics)
     plot.check_heads(statistics, heads)

@@ -74,9 +74,7 @@ def distance_curve(products: torch.Tensor, rope: Rope, distances: torch.Tensor) 
         float32 [..., n], before the softmax scale.
     """
     phase = torch.remainder(distances[:, None] * rope.padded_frequencies(), 2 * torch.pi)
-    factor = torch.ones(products.shape[-1])
-    factor[: rope.frequencies.numel()] = rope.factor**2
-    scaled = products.cpu() * factor
+    scaled = products.cpu() * rope.padded_factors().float().square()
     return scaled.real @ phase.cos().float().T - scaled.imag @ phase.sin().float().T
 
 

@@ -1,7 +1,7 @@
 """Read and write statistics files.
 
 Ours are safetensors: the tensors named in `layout`, and one JSON table in the header. It holds
-the format's name, the statistics' metadata and a digest of the tensors. One header entry only:
+the format's name, the statistics' metadata and a digest of both. One header entry only:
 safetensors writes several in random order, and equal statistics shall be equal files.
 """
 
@@ -36,10 +36,15 @@ def load(path: str | Path) -> Statistics:
     path = Path(path)
     if not path.is_file():
         raise KvPolicyError(f"{path} does not exist: give a {OFFICIAL} or {OURS} file.")
-    read = {OFFICIAL: official.read, OURS: _read}.get(path.suffix)
-    if read is None:
+    check_name(path)
+    content = official.read(path) if path.suffix == OFFICIAL else _read(path)
+    return layout.unpack(content, path)
+
+
+def check_name(path: Path) -> None:
+    """Raise `KvPolicyError` unless the suffix tells the layout."""
+    if path.suffix not in (OFFICIAL, OURS):
         raise KvPolicyError(f"{path} must end in {OFFICIAL} or {OURS}.")
-    return layout.unpack(read(path), path)
 
 
 def save_as(statistics: Statistics, path: str | Path) -> None:
@@ -50,8 +55,7 @@ def save_as(statistics: Statistics, path: str | Path) -> None:
         OSError: the folder cannot be written to.
     """
     path = Path(path)
-    if path.suffix not in (OFFICIAL, OURS):
-        raise KvPolicyError(f"{path} must end in {OFFICIAL} or {OURS}.")
+    check_name(path)
     tensors, metadata = layout.pack(statistics)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
@@ -68,7 +72,7 @@ def save_as(statistics: Statistics, path: str | Path) -> None:
 
 
 def _serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, object]) -> bytes:
-    header = {"format": FORMAT, "metadata": metadata, "sha256": _digest(tensors)}
+    header = {"format": FORMAT, "metadata": metadata, "sha256": _digest(tensors, metadata)}
     return save(tensors, {_HEADER: json.dumps(header, sort_keys=True)})
 
 
@@ -81,13 +85,14 @@ def _read(path: Path) -> layout.Content:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise layout.unreadable(path, error) from error
-    if header.get("sha256") != _digest(tensors):
+    metadata = header.get("metadata", {})
+    if header.get("sha256") != _digest(tensors, metadata):
         raise KvPolicyError(f"{path} is damaged: its content does not have the digest it states.")
-    return tensors, header.get("metadata", {})
+    return tensors, metadata
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, object]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

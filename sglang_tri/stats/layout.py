@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,31 @@ def _rope(frequencies: torch.Tensor | None, metadata: dict[str, Any], head_dim: 
 def _check_metadata(metadata: Any, path: Path) -> None:
     if not isinstance(metadata, dict) or not isinstance(metadata.get("model_name", ""), str):
         raise KvPolicyError(f"{path} has metadata that are not a table of names.")
+    if not isinstance(metadata.get(_FACTOR, 1.0), (int, float)):
+        raise KvPolicyError(f"{path} has a {_FACTOR} of {metadata[_FACTOR]!r}, not a number.")
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise KvPolicyError(f"{path} has metadata that are not plain values ({error}).") from error
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     missing = set(REQUIRED) - set(tensors)
     if missing or (_KEYS[0] in tensors) != (_KEYS[1] in tensors):
         raise KvPolicyError(f"{path} lacks {', '.join(sorted(missing)) or 'half of k_mean'}.")
-    full = tensors[REQUIRED[0]].shape
-    layers, _, pairs = full if len(full) == 3 else (0, 0, 0)
+    full = tuple(tensors[REQUIRED[0]].shape)
+    if len(full) != 3:
+        raise KvPolicyError(f"{path} has fields of different shapes: {REQUIRED[0]} is {full}.")
+    layers, heads, pairs = full
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         fits = {
             _NORM: shape == full[:2],
             _FREQUENCIES: len(shape) == 1 and 0 < shape[0] <= pairs,
-            _KEYS[0]: len(shape) == 3 and (shape[0], shape[2]) == (layers, pairs),
+            _KEYS[0]: shape[0::2] == (layers, pairs) and shape[1] and heads % shape[1] == 0,
             _KEYS[1]: shape == tuple(tensors.get(_KEYS[0], tensor).shape),
         }.get(name, shape == full)
-        if not layers or not fits:
+        if not fits:
             raise KvPolicyError(f"{path} has fields of different shapes: {name} is {shape}.")
         if not bool(torch.isfinite(tensor).all()):
             raise KvPolicyError(f"{path} holds values that are not finite, in {name}.")

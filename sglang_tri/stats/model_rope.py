@@ -14,8 +14,11 @@ def plain(theta: float, head_dim: int) -> Rope:
     return Rope(theta**-exponents, 1.0, head_dim, interleaved=False)
 
 
-def of_model(model_path: str) -> Rope:
-    """RoPE of a model in the Hugging Face layout, halves paired.
+def of_model(model_path: str, interleaved: bool) -> Rope:
+    """RoPE of a model in the Hugging Face layout.
+
+    Args:
+        interleaved: how components are paired; configurations do not say it.
 
     Raises:
         KvPolicyError: the configuration names none that transformers knows.
@@ -31,8 +34,8 @@ def of_model(model_path: str) -> Rope:
     if kind == "default" and "rope_theta" in settings:
         rotary = int(head_dim * settings.get("partial_rotary_factor", 1.0))
         frequencies = plain(settings["rope_theta"], rotary).frequencies
-        return Rope(frequencies, 1.0, head_dim, interleaved=False)
+        return Rope(frequencies, 1.0, head_dim, interleaved)
     if kind not in ROPE_INIT_FUNCTIONS:
         raise KvPolicyError(f"--model-path {model_path} has RoPE of an unknown kind: {settings}.")
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return Rope(frequencies.double(), float(factor), head_dim, interleaved=False)
+    return Rope(frequencies.double(), float(factor), head_dim, interleaved)

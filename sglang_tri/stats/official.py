@@ -37,7 +37,10 @@ def read(path: Path) -> layout.Content:
     metadata = content.get("metadata") or {}
     if isinstance(metadata, dict):
         metadata = {n: value for n, value in metadata.items() if n != "sampled_heads"}
-    return {**_stacked(content["stats"], path), **content.get(_EXTRA, {})}, metadata
+    extra = content.get(_EXTRA, {})
+    if not isinstance(extra, dict) or not all(torch.is_tensor(t) for t in extra.values()):
+        raise KvPolicyError(f"{path} has a table {_EXTRA!r} that holds more than tensors.")
+    return {**_stacked(content["stats"], path), **extra}, metadata
 
 
 def write(tensors: dict[str, torch.Tensor], metadata: dict[str, Any], path: Path) -> None:

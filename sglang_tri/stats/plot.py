@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,14 @@ def check_heads(statistics: Statistics, heads: Sequence[Head]) -> None:
             )
 
 
+def check_output(path: Path) -> None:
+    """Raise `KvPolicyError` for another suffix, or where matplotlib is not installed."""
+    if path.suffix not in (".png", ".html"):
+        raise KvPolicyError(f"-o {path} must end in .html or .png.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise KvPolicyError(f"-o {path} needs matplotlib: pip install 'sglang-tri[plot]'.")
+
+
 def write(
     statistics: Statistics,
     rope: Rope | None,
@@ -53,10 +62,9 @@ def write(
     """Write the pictures to `path`: one PNG, or a page of HTML that needs no other file.
 
     Raises:
-        KvPolicyError: another suffix, or matplotlib is not installed.
+        KvPolicyError: see `check_output`.
     """
-    if path.suffix not in (".png", ".html"):
-        raise KvPolicyError(f"-o {path} must end in .html or .png.")
+    check_output(path)
     picture = _png(_figure(statistics, rope, heads, validation))
     if path.suffix == ".png":
         path.write_bytes(picture)
@@ -77,10 +85,8 @@ def _figure(
     heads: Sequence[Head],
     validation: Validation | None,
 ) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise KvPolicyError("plots need matplotlib: pip install 'sglang-tri[plot]'.") from error
+    from matplotlib.figure import Figure
+
     rows = 1 + (rope is not None) + 2 * (validation is not None)
     figure = Figure(figsize=(11, 4.5 * rows), layout="constrained")
     axes = iter(figure.subplots(rows, 1, squeeze=False).flatten())

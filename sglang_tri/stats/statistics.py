@@ -46,6 +46,11 @@ class Statistics:
     def model_name(self) -> str | None:
         return self.metadata.get("model_name")
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether neighbours make a pair; halves do where the file does not say."""
+        return self.metadata.get("rope_style") == "interleaved"
+
     def check_geometry(self, layers: int, query_heads: int, head_dim: int) -> None:
         """Raise `KvPolicyError` where the statistics cannot belong to the served model."""
         for what, found, wanted in zip(
@@ -64,8 +69,11 @@ class Statistics:
             raise self._other_model(
                 f"pairs RoPE components in {style!r} style", f"in {rope.style!r} style"
             )
-        if self.rope is not None and not self.rope.agrees_with(rope):
-            raise self._other_model(f"was made with RoPE of {self.rope}", f"has {rope}")
+        difference = None if self.rope is None else self.rope.difference(rope)
+        if difference is not None:
+            raise self._other_model(
+                f"was made with RoPE of {difference[0]}", f"has {difference[1]}"
+            )
 
     def check_rope_settings(self, settings: dict[str, Any]) -> None:
         """Compare what an official file may say of RoPE with the model's configuration.
@@ -76,16 +84,17 @@ class Statistics:
         Raises:
             KvPolicyError: a value differs.
         """
-        scaling = self.metadata.get("rope_scaling") or {}
-        stated = {**scaling, **{n: self.metadata.get(n) for n in ("rope_theta", "rope_type")}}
+        scaling = self.metadata.get("rope_scaling")
+        stated = dict(scaling) if isinstance(scaling, dict) else {}
+        outer = {name: self.metadata.get(name) for name in ("rope_theta", "rope_type")}
+        stated |= {name: value for name, value in outer.items() if value is not None}
         for name, value in stated.items():
-            if value is not None and settings.get(name) not in (None, value):
+            if settings.get(name) not in (None, value):
                 raise self._other_model(
                     f"was made with {name} {value}", f"has {name} {settings[name]}"
                 )
 
     def _other_model(self, found: str, wanted: str) -> KvPolicyError:
         return KvPolicyError(
-            f"--kv-stats {self.path} {found}, the model {wanted}: use statistics made for this "
-            "model, or --kv-stats auto."
+            f"{self.path} {found}, the model {wanted}: use statistics made for this model."
         )

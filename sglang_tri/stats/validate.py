@@ -14,10 +14,13 @@ import torch
 
 from sglang_tri.calibration import text
 from sglang_tri.errors import KvPolicyError
+from sglang_tri.kernels.pairs import frequency_pairs
+from sglang_tri.rope import Rope
 from sglang_tri.stats import describe, model_rope
 from sglang_tri.stats.statistics import Statistics
 
 _BACKEND = "sglang_tri_capture"
+_FEWEST = 256
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,16 @@ def validate(
     Mean keys are those of this run; mean queries those of `statistics`.
 
     Raises:
-        KvPolicyError: the statistics are not this model's.
+        KvPolicyError: the statistics are not this model's, or the text cannot be used.
     """
     from transformers import AutoTokenizer
 
-    rope = model_rope.of_model(model_path)
+    if tokens < _FEWEST:
+        raise KvPolicyError(f"--validate {tokens} is too small: use {_FEWEST} or more.")
+    rope = model_rope.of_model(model_path, statistics.interleaved)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    sequences = text.tokenize(text.read(text_path), tokenizer, tokens, tokens, "the text")
+    source = text.Source(text_path, "--text", "--validate")
+    sequences = text.tokenize(source, tokenizer, tokens, tokens)
     queries, keys = _captured(model_path, torch.tensor(sequences.ids))
     if statistics.shape != (len(queries), *queries[0].shape[0::2]):
         raise KvPolicyError(
@@ -90,15 +96,11 @@ def _captured(model_path: str, ids: torch.Tensor) -> tuple[list[torch.Tensor], l
     return queries, keys
 
 
-def _centre(keys: torch.Tensor, rope: Any) -> torch.Tensor:
+def _centre(keys: torch.Tensor, rope: Rope) -> torch.Tensor:
     """complex64 [heads, head_dim / 2]: mean keys before RoPE."""
-    from sglang_tri.kernels.pairs import frequency_pairs
-
     first, second = frequency_pairs(rope.head_dim, rope.rotary_dim, rope.interleaved)
-    factor = torch.ones(rope.head_dim // 2, dtype=torch.float64)
-    factor[: rope.frequencies.numel()] = rope.factor
     phase = torch.arange(keys.shape[1])[:, None] * rope.padded_frequencies()
-    undo = torch.polar(1 / factor.expand_as(phase), -phase)
+    undo = torch.polar(1 / rope.padded_factors().expand_as(phase), -phase)
     pairs = torch.complex(keys[..., first].double(), keys[..., second].double())
     return (pairs * undo).mean(1).to(torch.complex64)
 
