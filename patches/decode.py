@@ -56,6 +56,8 @@ def _shrink(batch: ScheduleBatch, due: dict[int, Due], runtime: Runtime) -> None
         adapter.set_physical_length(batch.reqs[index], region.start + region.kept)
         cut[index] = region.candidates - region.kept
     adapter.shrink_batch(batch, cut)
+    # What was freed is offered to waiting requests, although nobody has finished.
+    batch.batch_is_full = False
 
 
 def _fence() -> None:

@@ -18,6 +18,7 @@ from sglang_tri.spans import Chain
 if TYPE_CHECKING:
     import torch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
 TESTED_VERSIONS = ("0.5.17",)
@@ -136,6 +137,40 @@ def request_overrides(req: Req) -> dict[str, Any]:
     """Settings that a request brings itself, in `custom_params["kv_policy"]`."""
     params = req.sampling_params.custom_params
     return params.get("kv_policy", {}) if isinstance(params, dict) else {}
+
+
+def longest_output(scheduler: Scheduler, req: Req, asked: int | None) -> int:
+    """`max_new_tokens` as far as the context length and the server's own limit allow."""
+    context = scheduler.model_config.context_len - len(req.origin_input_ids) - 2
+    limit = scheduler.max_new_tokens_limit or context
+    return max(0, min(context if asked is None else asked, context, limit))
+
+
+def remaining_output(req: Req) -> int:
+    return max(0, req.sampling_params.max_new_tokens - len(req.output_ids))
+
+
+def clip_estimate(slots: int) -> int:
+    """SGLang's own upper bound of what it expects a request to write."""
+    from sglang.srt.managers import schedule_policy
+
+    return min(slots, schedule_policy.CLIP_MAX_NEW_TOKENS)
+
+
+@contextmanager
+def expecting(req: Req, slots: int) -> Iterator[None]:
+    """Inside, SGLang expects `req` to take at most `slots` for its output."""
+    from sglang.srt.managers import schedule_policy
+
+    clip, ignores_eos = schedule_policy.CLIP_MAX_NEW_TOKENS, req.sampling_params.ignore_eos
+    schedule_policy.CLIP_MAX_NEW_TOKENS = clip_estimate(slots)
+    # Without a radix cache SGLang has a way of its own for these, by their whole outputs.
+    req.sampling_params.ignore_eos = False
+    try:
+        yield
+    finally:
+        schedule_policy.CLIP_MAX_NEW_TOKENS = clip
+        req.sampling_params.ignore_eos = ignores_eos
 
 
 def publish_at_end(req: Req, key: str, value: dict[str, Any]) -> None:

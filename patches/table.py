@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang_tri.patches import (
+    admission,
     decode,
     flags,
     launch,
@@ -21,6 +22,7 @@ _SRT = "sglang.srt."
 _ARGS = _SRT + "server_args.ServerArgs."
 _SCHEDULER = _SRT + "managers.scheduler.Scheduler."
 _BATCH = _SRT + "managers.schedule_batch.ScheduleBatch."
+_ADDER = _SRT + "managers.schedule_policy.PrefillAdder."
 _WORKER = _SRT + "managers.tp_worker.TpModelWorker."
 _FORWARD = _SRT + "model_executor.forward_batch_info.ForwardBatch."
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager."
@@ -50,6 +52,18 @@ TABLE = (
     Hook(SCHEDULER, _SCHEDULER + "_add_request_to_queue", BEFORE, request_lifetime.admit,
          ("self", "req", "is_retracted"),
          "give a request its policy state"),
+    Hook(SCHEDULER, _SCHEDULER + "init_req_max_new_tokens", AROUND, admission.bound_output,
+         ("self", "req"),
+         "let outputs be longer than the pool"),
+    Hook(SCHEDULER, _ADDER + "add_one_req", AROUND, admission.reserve, ("self", "req"),
+         "reserve what a request will hold"),
+    Hook(SCHEDULER, _ADDER + "add_chunked_req", AROUND, admission.reserve, ("self", "req"),
+         "the same behind the last chunk of a prompt"),
+    Hook(SCHEDULER, _ADDER + "preempt_to_schedule", AROUND, admission.reserve, ("self", "req"),
+         "the same for a request that preempts others"),
+    Hook(SCHEDULER, _ADDER + "_get_running_request_total_token_offset", AROUND,
+         admission.reserve_running, ("self", "req"),
+         "reserve what a running request will take until its next round"),
     Hook(SCHEDULER, _BATCH + "check_decode_mem", BEFORE, decode.plan_rounds,
          ("self", "selected_indices"),
          "plan rounds: shrink lengths, free slots"),

@@ -109,11 +109,15 @@ class Runtime:
         Raises:
             KvPolicyError: the overrides are not valid, or not possible on this server.
         """
-        settings = self.settings.with_overrides(overrides) if overrides else self.settings
+        settings = self.settings_of(overrides)
         self.check_runnable(settings)
         if not settings.enabled:
             return None
         return RequestState(rid, settings, Lookup((settings, extra_key)))
+
+    def settings_of(self, overrides: Mapping[str, Any]) -> KvPolicyConfig:
+        """The server's settings with some of a request's own."""
+        return self.settings.with_overrides(overrides) if overrides else self.settings
 
     def plan(self, due: Iterable[Due], request_to_slot: torch.Tensor) -> torch.Tensor:
         """Plan one round for each of `due`: update their regions, remember the work.

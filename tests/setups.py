@@ -25,6 +25,8 @@ COMMON = (
     *("--decode-log-interval", "1", "--constrained-json-disable-any-whitespace"),
     *("--chat-template", str(THINKING)),
 )
+SMALL_POOL = 2048
+SMALL = ("--max-total-tokens", str(SMALL_POOL), "--context-length", "8192")
 OWN_TEXT = ("--kv-calibration-text", str(README), "--kv-calibration-tokens", "4096")
 FUZZ = (
     *("--max-total-tokens", "1536", "--max-running-requests", "8", "--chunked-prefill-size", "64"),
@@ -66,7 +68,7 @@ SETUPS = {
     "page1-sync": Setup(arguments=(*COMMON, *SYNC), automatic=True),
     "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4)),
     "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX), automatic=True),
-    "llama3": Setup(kind="llama3", automatic=True),
+    "llama3": Setup(kind="llama3", arguments=(*COMMON, *SMALL), automatic=True),
     "yarn": Setup(kind="yarn", arguments=(*COMMON, *OWN_TEXT), automatic=True),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4), environment=_RETRACT),

@@ -7,6 +7,7 @@ Lengths come from the allocator. How it finds the engine before the first reques
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -18,22 +19,32 @@ _resumed = {}
 
 
 def load() -> None:
+    from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     prefix = "sglang.srt.managers."
     HookRegistry.register(
         prefix + "schedule_batch.ScheduleBatch.prepare_for_decode", _watch, HookType.AFTER
     )
-    HookRegistry.register(
-        prefix + "schedule_policy.PrefillAdder.preempt_to_schedule", _preempt, HookType.AFTER
-    )
-    HookRegistry.register(
-        prefix + "schedule_policy.PrefillAdder.add_one_req", _resume, HookType.AFTER
-    )
+    # Without the registry, which takes one plugin's hook for a function.
+    _after(PrefillAdder, "preempt_to_schedule", _preempt)
+    _after(PrefillAdder, "add_one_req", _resume)
     HookRegistry.register(
         prefix + "scheduler.Scheduler.process_input_requests", _answer, HookType.AFTER
     )
     HookRegistry.register(prefix + "scheduler.Scheduler.run_event_loop", _start, HookType.BEFORE)
+
+
+def _after(owner, name, hook):
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs):
+        result = original(*args, **kwargs)
+        hook(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, wrapper)
 
 
 def _watch(result, batch):

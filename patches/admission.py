@@ -1,0 +1,82 @@
+"""Admission: what a request will hold, not what it will write, is what the scheduler reserves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang_tri import footprint
+from sglang_tri.errors import KvPolicyError
+from sglang_tri.patches import active
+from sglang_tri.patches import sglang_0517 as adapter
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from sglang_tri.config import KvPolicyConfig
+
+
+def bound_output(original: Callable[..., None], scheduler: Scheduler, req: Req) -> None:
+    """AROUND init_req_max_new_tokens: an output may be longer than the pool.
+
+    SGLang clips outputs to the pool. Those of a policy are bounded by the context length, if what
+    they hold at any time fits; if it never can, the request is refused.
+    """
+    asked, least = req.sampling_params.max_new_tokens, req.sampling_params.min_new_tokens
+    original(scheduler, req)
+    settings = _settings(req)
+    clipped = req.sampling_params.max_new_tokens
+    wanted = adapter.longest_output(scheduler, req, asked)
+    if settings is None or wanted <= clipped:
+        return
+    regions = 2 if active.get().think_end and settings.continues else 1
+    needed = footprint.slots_for(settings, wanted, scheduler.page_size, regions)
+    if needed <= clipped:
+        req.sampling_params.max_new_tokens = wanted
+        req.sampling_params.min_new_tokens = min(least, wanted)
+    elif asked is not None:
+        pool, prompt = scheduler.max_total_num_tokens, len(req.origin_input_ids)
+        req.set_finish_with_abort(
+            f"a prompt of {prompt} tokens and max_new_tokens {asked} need {prompt} + {needed} KV "
+            f"slots at once (--kv-budget {settings.budget} and --kv-interval "
+            f"{settings.interval}{', for thinking and answer each' if regions == 2 else ''}), the "
+            f"pool has {pool}: use a shorter prompt, max_new_tokens {max(0, clipped)} or less, or "
+            "a smaller --kv-budget."
+        )
+
+
+def _settings(req: Req) -> KvPolicyConfig | None:
+    """The request's settings; None where its policy is `none`, or it is refused in any case."""
+    if req.to_finish is not None:
+        return None
+    runtime = active.get().runtime
+    try:
+        settings = runtime.settings_of(adapter.request_overrides(req))
+    except KvPolicyError:
+        return None  # `request_lifetime.admit` says so.
+    return settings if settings.enabled else None
+
+
+def reserve(
+    original: Callable[..., Any], adder: PrefillAdder, req: Req, *args: Any, **kw: Any
+) -> Any:
+    """AROUND add_one_req and others: a waiting request needs no more than budget + interval."""
+    state = adapter.state_of(req)
+    if state is None:
+        return original(adder, req, *args, **kw)
+    remaining = adapter.remaining_output(req)
+    slots = footprint.slots_for(state.settings, remaining, adder.page_size)
+    with adapter.expecting(req, slots):
+        return original(adder, req, *args, **kw)
+
+
+def reserve_running(original: Callable[..., float], adder: PrefillAdder, req: Req) -> float:
+    """AROUND _get_running_request_total_token_offset: on top of what the request holds."""
+    state = adapter.state_of(req)
+    if state is None:
+        return original(adder, req)
+    physical, remaining = adapter.physical_length(req), adapter.remaining_output(req)
+    slots = footprint.more_slots(state, physical, remaining, adder.page_size)
+    return adapter.clip_estimate(slots) * adder.new_token_ratio

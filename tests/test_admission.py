@@ -1,0 +1,119 @@
+"""What the scheduler reserves for a request is what it will hold, and what is free is used."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from sglang.srt.managers import schedule_policy
+
+from bench.decode_log import DecodeLog
+from bench.simulator.oracle import Oracle
+from sglang_tri.aliases import Lookup
+from sglang_tri.config import KvPolicyConfig
+from sglang_tri.footprint import more_slots, slots_for
+from sglang_tri.patches import sglang_0517 as adapter
+from sglang_tri.rounds import RequestState
+from tests.client import Ask, recorded_rounds, send, send_all, simulated, tokens_of
+from tests.conftest import Running
+from tests.setups import BUDGET, INTERVAL, SMALL_POOL
+
+SMALL = pytest.mark.parametrize("server", ["llama3"], indirect=True)
+FOOTPRINT = BUDGET + INTERVAL
+
+
+@pytest.mark.parametrize(
+    ("tokens", "page", "regions", "slots"),
+    [
+        (0, 1, 1, 0),
+        (5, 1, 1, 5),
+        (5, 4, 1, 8),
+        (16, 1, 1, 15),
+        (16, 4, 1, 16),
+        (17, 4, 1, 20),
+        (21, 4, 1, 20),
+        (1 << 30, 1, 1, 15),
+        (1 << 30, 1, 2, 30),
+        (20, 1, 2, 20),
+    ],
+)
+def test_slots_of_an_output(tokens: int, page: int, regions: int, slots: int) -> None:
+    """min(tokens, budget + interval), in whole pages."""
+    settings = KvPolicyConfig(policy="streaming", budget=10, interval=5, recent=2, reuse="prompt")
+    assert slots_for(settings, tokens, page, regions) == slots
+
+
+def test_a_running_request_takes_what_is_left_until_its_next_round() -> None:
+    settings = KvPolicyConfig(policy="streaming", budget=10, interval=5, recent=2, reuse="prompt")
+    state = RequestState("r", settings, Lookup((settings, None)))
+    assert more_slots(state, 100, 1000, 1) == 15
+    state.open_region(100, 1)
+    assert [more_slots(state, physical, 1000, 1) for physical in (100, 109, 115)] == [15, 6, 0]
+    assert more_slots(state, 100, 3, 1) == 3
+
+
+def test_sglang_expects_less_only_inside() -> None:
+    """And nothing of a request that ignores the end of sequence without a radix cache."""
+    clip = schedule_policy.CLIP_MAX_NEW_TOKENS
+    req: Any = SimpleNamespace(sampling_params=SimpleNamespace(ignore_eos=True))
+    with contextlib.suppress(RuntimeError), adapter.expecting(req, 7):
+        assert schedule_policy.CLIP_MAX_NEW_TOKENS == 7
+        assert not req.sampling_params.ignore_eos
+        raise RuntimeError
+    assert clip == schedule_policy.CLIP_MAX_NEW_TOKENS
+    assert req.sampling_params.ignore_eos
+    assert adapter.clip_estimate(clip + 1) == clip
+
+
+@SMALL
+def test_waiting_requests_are_admitted_while_nobody_finishes(server: Running) -> None:
+    """Stock reserves each output, so that one of these fills the pool."""
+    server.server.flush_cache()
+    log = DecodeLog(server.server.log)
+    tokens = SMALL_POOL * 3 // 4
+    prompts = [tokens_of(f"{number} wait for nobody") for number in range(8)]
+    send_all(server, [Ask(prompt, tokens, {}) for prompt in prompts])
+    running = [line.running for line in log.read_new()]
+    assert max(running) == len(prompts)
+    assert running.index(len(prompts)) < tokens // 2
+    assert log.peak_slots <= sum(len(prompt) + FOOTPRINT for prompt in prompts) < SMALL_POOL
+
+
+@SMALL
+def test_an_output_longer_than_the_pool(server: Running) -> None:
+    """And it is what the oracle says."""
+    request = Ask(tokens_of("Longer than the pool"), SMALL_POOL + 500, {}, 1.0)
+    answer = send(server, request)
+    assert len(answer.ids) == SMALL_POOL + 500
+    oracle = Oracle(server.model, server.stats)
+    judged = oracle.replay(
+        request.prompt, answer.ids, simulated({}), 1, recorded_rounds(server.trace, answer.rid)
+    )
+    assert np.abs(judged.logprobs - answer.logprobs).max() < 1e-4
+    assert len(judged.rounds) > SMALL_POOL // INTERVAL
+
+
+@SMALL
+def test_the_context_still_bounds_outputs(server: Running) -> None:
+    response = server.server.post(
+        "/generate", input_ids=[65, 66], sampling_params={"max_new_tokens": 8192}
+    )
+    assert response.status_code == 400
+    assert "8192" in response.text
+
+
+@SMALL
+def test_a_request_that_can_never_fit(server: Running) -> None:
+    """Refused at once, with the numbers; one that fits is not."""
+    length = SMALL_POOL - FOOTPRINT
+    params = {"max_new_tokens": 4 * FOOTPRINT, "ignore_eos": True}
+    response = server.server.post("/generate", input_ids=[65] * length, sampling_params=params)
+    assert response.status_code == 400
+    for number in (length, 4 * FOOTPRINT, f"--kv-budget {BUDGET}", f"the pool has {SMALL_POOL}"):
+        assert f"{number}" in response.text
+    fits = Ask([66] * (length - 2 * FOOTPRINT - 10), 4 * FOOTPRINT, {})
+    assert len(send(server, fits).ids) == 4 * FOOTPRINT
+    server.server.flush_cache()
