@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_tri import footprint
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active
+from sglang_tri.patches import active, resume
 from sglang_tri.patches import sglang_0517 as adapter
 
 if TYPE_CHECKING:
@@ -60,16 +60,36 @@ def _settings(req: Req) -> KvPolicyConfig | None:
 
 
 def reserve(
-    original: Callable[..., Any], adder: PrefillAdder, req: Req, *args: Any, **kw: Any
+    original: Callable[..., Any], adder: PrefillAdder, req: Req, *args: Any, **kwargs: Any
 ) -> Any:
     """AROUND add_one_req and others: a waiting request needs no more than budget + interval."""
     state = adapter.state_of(req)
     if state is None:
-        return original(adder, req, *args, **kw)
+        return original(adder, req, *args, **kwargs)
     remaining = adapter.remaining_output(req)
-    slots = footprint.slots_for(state.settings, remaining, adder.page_size)
-    with adapter.expecting(req, slots):
-        return original(adder, req, *args, **kw)
+    if not state.resumed:
+        slots = footprint.slots_for(state.settings, remaining, adder.page_size)
+        with adapter.expecting(req, slots):
+            return original(adder, req, *args, **kwargs)
+    # Of its tokens, too, only those until its next round are in slots at once.
+    rest = adapter.remaining_prefill(req)
+    room = resume.last_region(req, state).due_at - len(req.prefix_indices)
+    with adapter.expecting(req, min(rest + remaining, room) - rest):
+        return original(adder, req, *args, **kwargs)
+
+
+def cut_chunk(
+    original: Callable[..., Any], adder: PrefillAdder, req: Req, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND add_one_req and add_chunked_req: a resumed request is prefilled round by round."""
+    state = adapter.state_of(req)
+    most = resume.tokens_until_round(req, state) if state and state.resumed else None
+    if most is None or adapter.remaining_prefill(req) <= most:
+        return reserve(original, adder, req, *args, **kwargs)
+    if adapter.has_chunk(active.get().scheduler, adder, req):
+        return adapter.try_later()
+    with adapter.chunk_of(adder, most):
+        return reserve(original, adder, req, *args, **kwargs)
 
 
 def reserve_running(original: Callable[..., float], adder: PrefillAdder, req: Req) -> float:

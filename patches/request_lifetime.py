@@ -7,15 +7,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active, reuse
+from sglang_tri.patches import active
 from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.patches.responses import KEY
+from sglang_tri.rounds import Suspended
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 
+    from sglang_tri.aliases import Alias
     from sglang_tri.rounds import RequestState
     from sglang_tri.spans import Span
 
@@ -62,6 +64,7 @@ def release(
         original(req, tree_cache, is_insert=is_insert)
         return
     resident = adapter.physical_length(req)
+    regions, history = state.regions, state.history
     compressed = active.get().runtime.close(state, resident)
     if req.finished():
         _publish(req, state, resident)
@@ -72,23 +75,33 @@ def release(
         with adapter.physical_tokens(req, state.chain.then(*spans)):
             kept = req.effective_kv_committed_len()
             original(req, tree_cache, is_insert=is_insert or bool(spans))
-        _remember(req, state, spans, kept)
+        alias = _remember(req, state, spans, kept)
+        # A round that is due already would come between what it left and its last token.
+        if alias is not None and spans and not req.finished() and resident < regions[-1].due_at:
+            state.suspended = Suspended(alias, history, regions)
     else:
         original(req, tree_cache, is_insert=is_insert)
-    reuse.forget_history(req, state)
+    state.history = None
+    adapter.forget_physical_ids(req)
+    state.resumed = bool(req.output_ids) and not req.finished()
 
 
 def _may_continue(req: Req, state: RequestState) -> bool:
     return state.settings.continues and adapter.tokens_tell_all(req)
 
 
-def _remember(req: Req, state: RequestState, spans: tuple[Span, ...], kept: int) -> None:
-    """What lies in the first `kept` slots is in the tree now: make it known by its tokens."""
+def _remember(req: Req, state: RequestState, spans: tuple[Span, ...], kept: int) -> Alias | None:
+    """What lies in the first `kept` slots is in the tree now: make it known by its tokens.
+
+    Returns:
+        The alias of all of it, or None if a span is not in the tree.
+    """
     tokens, history, chain = adapter.tokens(req), state.history, state.chain
     for span in spans:
         chain = chain.then(span)
         if span.last_slot <= kept:
             history = active.get().aliases.add(state.lookup, tokens, chain, history)
+    return history if history is not None and history.chain == chain else None
 
 
 def _publish(req: Req, state: RequestState, resident: int) -> None:

@@ -7,11 +7,11 @@ request's tokens to the ids that its compressed history went in under, before th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sglang_tri.patches import active
+from sglang_tri.patches import active, resume
 from sglang_tri.patches import sglang_0517 as adapter
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 
+    from sglang_tri.aliases import Alias
     from sglang_tri.rounds import RequestState
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,14 @@ def start_prefill(
 ) -> None:
     """AROUND init_next_round_input: what is to be computed follows from the history found."""
     state = adapter.state_of(req)
-    # Without a tree this is the next chunk of a prompt: its prefix stands.
-    if state is None or tree_cache is None:
+    if state is None:
         original(req, tree_cache, *args, **kwargs)
+        return
+    if tree_cache is None:  # The next chunk: its prefix stands.
+        if state.resumed and state.regions:
+            resume.next_chunk(req, state)
+        else:
+            original(req, tree_cache, *args, **kwargs)
         return
     forget_history(req, state)
     state.uncounted = True
@@ -74,11 +80,15 @@ def match_prefix(
     """AROUND RadixCache.match_prefix: the longest compressed history that the tree still holds."""
     req = params.req
     state = None if req is None else adapter.state_of(req)
-    if req is None or state is None or not _may_reuse(req, state):
+    if req is None or state is None:
         return original(tree, params)
-    aliases, tokens = active.get().aliases, params.key.token_ids
-    for alias in aliases.find(state.lookup, tokens):
-        key = adapter.physical_key(params.key, alias.chain)
+    aliases = active.get().aliases
+    # What a resumed request has generated is its own again: it looks for its prompt, or for all
+    # that it left itself.
+    most = len(req.origin_input_ids) if state.resumed else None
+    for alias in _histories(req, state, most):
+        own = state.suspended is not None and alias is state.suspended.alias
+        key = adapter.physical_key(params.key, alias.chain, None if own else most)
         result = original(tree, replace(params, key=key))
         if len(result.device_indices) >= alias.chain.last_slot:
             state.history = alias
@@ -87,7 +97,22 @@ def match_prefix(
         aliases.stale += 1
         aliases.drop(alias)
     forget_history(req, state)
+    if most is not None:
+        params = replace(params, key=adapter.shortened_key(params.key, most))
     return original(tree, params)
+
+
+def _histories(req: Req, state: RequestState, most: int | None) -> Iterator[Alias]:
+    """Compressed histories that a request may go on from, the longest first."""
+    if not _may_reuse(req, state):
+        return
+    own, aliases = state.suspended, active.get().aliases
+    if own is not None and own.alias in aliases:
+        yield own.alias
+    state.suspended = None
+    for alias in aliases.find(state.lookup, adapter.tokens(req)):
+        if most is None or alias.chain.end < most:
+            yield alias
 
 
 def _may_reuse(req: Req, state: RequestState) -> bool:
@@ -109,17 +134,32 @@ def count_matched(
 
 def count_admission(result: None, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> None:
     """AFTER prepare_for_extend: usage reports count tokens, SGLang has counted slots."""
-    aliases = active.get().aliases
     for req in batch.reqs:
         state = adapter.state_of(req)
-        if state is None or not state.uncounted:
+        if state is None:
             continue
-        state.uncounted = False
-        state.first_history = state.first_history or (COMPRESSED if state.history else EXACT)
-        if _may_reuse(req, state):
-            aliases.lookups += 1
-            aliases.hits += state.history is not None
-        adapter.count_cached(req, state.chain.delta)
+        if state.uncounted:
+            state.uncounted = False
+            _count(req, state)
+        if state.resumed:
+            resume.admitted(req, state)
+
+
+def _count(req: Req, state: RequestState) -> None:
+    aliases = active.get().aliases
+    state.first_history = state.first_history or (COMPRESSED if state.history else EXACT)
+    if _may_reuse(req, state):
+        aliases.lookups += 1
+        aliases.hits += state.history is not None
+    adapter.count_cached(req, state.chain.delta)
+
+
+def cache_unfinished(
+    original: Callable[..., None], tree: RadixCache, req: Req, chunked: bool = False
+) -> None:
+    """AROUND cache_unfinished_req: what a resumed request has generated before is its own."""
+    if not resume.keeps_private(req, chunked):
+        original(tree, req, chunked=chunked)
 
 
 def forget_deleted(result: None, tree: RadixCache, node: TreeNode) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from sglang_tri.spans import Chain
 if TYPE_CHECKING:
     import torch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.mem_cache.radix_cache import RadixKey
+    from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 TESTED_VERSIONS = ("0.5.17",)
 
@@ -83,16 +85,105 @@ def wants_prompt_logprobs(req: Req) -> bool:
     return req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
 
 
-def physical_key(key: RadixKey, chain: Chain) -> RadixKey:
-    """The key that the tree knows the tokens of `key` by, all but the last.
+def physical_key(key: RadixKey, chain: Chain, most: int | None) -> RadixKey:
+    """The key that the tree knows the first `most` tokens of `key` by, or all but the last.
 
     SGLang computes the last token in any case. It may have limited `key` to a request's prompt, to
     compute log-probabilities of a retracted output again that have been sent already.
     """
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
-    ids = chain.physical_ids(key.token_ids)
-    return RadixKey(ids, key.extra_key, limit=len(ids) - 1)
+    if most is None:
+        ids = chain.physical_ids(key.token_ids)
+        return RadixKey(ids, key.extra_key, limit=len(ids) - 1)
+    return RadixKey(chain.physical_ids(key.token_ids[:most]), key.extra_key)
+
+
+def shortened_key(key: RadixKey, most: int) -> RadixKey:
+    """The first `most` tokens of `key`."""
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    return RadixKey(key.token_ids, key.extra_key, limit=min(len(key), most))
+
+
+def prefilled_length(req: Req) -> int:
+    """Slots in use behind the prefill that is being prepared."""
+    return req.extend_range.end
+
+
+def continue_private(req: Req, slots: torch.Tensor, delta: int) -> None:
+    """Prefill the rest of a request's tokens behind `slots`, which hold `delta` tokens more."""
+    physical = len(slots)
+    rest = tokens(req)[physical + delta :]
+    req.prefix_indices = slots
+    # Only what lies behind the prefix is read of these ids.
+    req.full_untruncated_fill_ids = array("q", bytes(8 * physical)) + rest
+    req.set_extend_range(physical, physical + len(rest))
+
+
+def keep_private(req: Req, rows: torch.Tensor) -> None:
+    """The chunk that was prefilled belongs to the request alone."""
+    req.prefix_indices = rows[req.req_pool_idx, : req.extend_range.end].long()
+
+
+def take_back(tree: RadixCache, req: Req, start: int) -> bool:
+    """Make the slots of `req` from `start` on its own again, which it has found in the tree.
+
+    Returns:
+        False where other requests have come to share them.
+    """
+    path, first = [], len(req.prefix_indices)
+    node = req.last_node
+    while first > start:
+        first -= len(node.key)
+        path.append(node)
+        node = node.parent
+    rest = list(path[0].children.values())
+    alone = all(set(above.children.values()) == {below} for below, above in pairwise(path))
+    in_use = any(n.lock_ref > 1 for n in path) or any(n.children or n.lock_ref for n in rest)
+    if in_use or not alone:
+        return False
+    tree.dec_lock_ref(req.last_node)
+    for leaf in rest:
+        tree.token_to_kv_pool_allocator.free_segment(leaf.value, start_pos=0)
+        tree._delete_leaf(leaf)
+    if first < start:
+        tree._split_node(path[-1].key, path[-1], start - first)
+    req.last_node = path[-1].parent
+    for node in path:
+        tree._delete_leaf(node)
+    tree.inc_lock_ref(req.last_node)
+    req.cache_protected_len = start
+    return True
+
+
+def remaining_prefill(req: Req) -> int:
+    """Tokens that are still to be prefilled."""
+    return len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
+
+
+def has_chunk(scheduler: Scheduler, adder: PrefillAdder, req: Req) -> bool:
+    """Whether another request is prefilled in chunks: SGLang takes one at a time."""
+    return adder.new_chunked_req is not None or scheduler.chunked_req not in (None, req)
+
+
+def try_later() -> Any:
+    """What tells SGLang that a waiting request cannot be taken into this batch."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    return AddReqResult.OTHER
+
+
+@contextmanager
+def chunk_of(adder: PrefillAdder, most: int) -> Iterator[None]:
+    """Inside, at most `most` tokens are prefilled, and no more with them."""
+    before = adder.rem_chunk_tokens
+    adder.rem_chunk_tokens = most if before is None else min(before, most)
+    try:
+        yield
+    finally:
+        # Nobody else may be cut off in this batch, so nobody comes along who might be.
+        adder.rem_chunk_tokens = None if before is None else 0
 
 
 def use_physical_ids(req: Req, chain: Chain) -> None:

@@ -41,16 +41,26 @@ def ends(req: Req, state: RequestState, length: int) -> bool:
 
     Only for models whose end of thinking is marked.
     """
-    if not state.thinking or not state.settings.continues:
+    if not state.thinking:
         return False
+    end = position(req, state)
+    if end is None:
+        return False
+    state.thinking = length + state.delta < end
+    return length + state.delta == end
+
+
+def position(req: Req, state: RequestState) -> int | None:
+    """Logical position behind the end of thinking; None where there is none, or not yet."""
+    mark = active.get().think_end
+    if not mark or not state.settings.continues:
+        return None
     if state.think_end is None:
-        found = _find(req.output_ids, active.get().think_end, state.scanned)
+        found = _find(req.output_ids, mark, state.scanned)
         state.scanned = len(req.output_ids)
-        if found is None:
-            return False
-        state.think_end = len(req.origin_input_ids) + found
-    state.thinking = length + state.delta < state.think_end
-    return length + state.delta == state.think_end
+        if found is not None:
+            state.think_end = len(req.origin_input_ids) + found
+    return state.think_end
 
 
 def _find(output_ids: array[int], mark: array[int], scanned: int) -> int | None:

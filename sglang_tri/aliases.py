@@ -99,6 +99,9 @@ class AliasStore:
     def __len__(self) -> int:
         return len(self._aliases)
 
+    def __contains__(self, alias: Alias) -> bool:
+        return self._aliases.get(alias.span.number) is alias
+
     def new_span(self, start: int, end: int, first_slot: int, last_slot: int) -> Span:
         """A span with ids that were never used before; see `Span`."""
         self._spans += 1

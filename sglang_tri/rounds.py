@@ -74,6 +74,21 @@ class Region:
 
 
 @dataclass(slots=True)
+class Suspended:
+    """What a retracted request has left in the prefix cache, to go on from.
+
+    Attributes:
+        alias: its own compressed history.
+        history: the compressed history that its prompt was found under.
+        regions: its private regions.
+    """
+
+    alias: Alias
+    history: Alias | None
+    regions: list[Region]
+
+
+@dataclass(slots=True)
 class RequestState:
     """What the policy knows of one request. `history` and `regions` last until its slots are
     released, the rest survives retraction.
@@ -90,6 +105,8 @@ class RequestState:
         scanned: output tokens in which it was looked for.
         uncounted: whether its admission still has to be counted.
         first_history: "exact" or "compressed", what its first prefill found.
+        suspended: what it left when it was retracted, as long as it can be found.
+        resumed: whether it is prefilled with tokens that it has generated itself.
     """
 
     rid: str
@@ -104,6 +121,8 @@ class RequestState:
     scanned: int = 0
     uncounted: bool = True
     first_history: str = ""
+    suspended: Suspended | None = None
+    resumed: bool = False
 
     @property
     def chain(self) -> Chain:

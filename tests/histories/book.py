@@ -56,6 +56,7 @@ class Request:
         slots: its slots at its last forward pass.
         cached: tokens that it found when it was first admitted.
         first_history: "compressed" if they were, or "exact"; nothing before.
+        replays: whether it is prefilled with what it had generated before, as that was decoded.
     """
 
     def __init__(self, req: Req, plain: Plain) -> None:
@@ -65,6 +66,7 @@ class Request:
         self.slots = np.empty(0, np.int64)
         self.cached: int | None = None
         self.first_history = ""
+        self.replays = False
 
     @property
     def scope(self) -> Hashable:
@@ -178,15 +180,42 @@ class Book:
         plain = request.plain
         if not plain.wanted:
             self._begin(request, slots)
+            self._plan_prefill(request)
         else:
+            self._plan_prefill(request)
             self._follow(request, slots)
         found = in_order(self._memory.read(slots), plain.unordered)
         assert np.array_equal(found, plain.entries), "it reads what its conversation never left"
+
+    def _plan_prefill(self, request: Request) -> None:
+        """What a request has generated itself is prefilled as it was decoded, with all rounds."""
+        plain = request.plain
+        if request.replays and len(plain.prompt) <= len(plain.tokens) < len(plain.wanted):
+            rounds = plain.rounds
+            self.plan(plain)
+            self.done["rounds in a prefill"] += plain.rounds - rounds
+
+    def plan(self, plain: Plain) -> None:
+        """What is evicted before the next token of an answer is computed."""
+        before = plain.rounds, plain.closed
+        plain.plan()
+        self.done["rounds"] += plain.rounds - before[0]
+        self.done["closed by thinking"] += plain.closed - before[1]
 
     def _begin(self, request: Request, slots: np.ndarray) -> None:
         """A request is prefilled behind what was found of its tokens."""
         req, state = request.req, adapter.state_of(request.req)
         wanted = (*req.origin_input_ids, *req.output_ids)
+        resumed = state is not None and state.resumed
+        found = len(slots) + (state.delta if state else 0)
+        request.replays = resumed and found <= len(request.plain.prompt)
+        if resumed and not request.replays:
+            self._take_back(request, wanted, slots)
+            return
+        if resumed:
+            request.plain.restart()
+        else:
+            request.plain.clear()
         request.chain = chain = state.chain if state else Chain()
         found = len(slots) + sum(span.evicted for span in chain.spans)
         assert found < len(wanted)
@@ -209,6 +238,20 @@ class Book:
             assert found == req.num_matched_prefix_tokens or not chain
         self._count_beginning(request, wanted)
 
+    def _take_back(self, request: Request, wanted: tuple[int, ...], slots: np.ndarray) -> None:
+        """A request goes on from all that it has left itself, and that is its own again."""
+        plain, state = request.plain, adapter.state_of(request.req)
+        assert state is not None
+        assert plain.compressed
+        request.chain = state.chain
+        plain.resume(wanted, len(slots))
+        assert len(plain.tokens) == len(slots) + state.delta
+        done = self.done
+        done["prefills"] += 1
+        done["lookups"] += 1
+        done["hits"] += 1
+        done["taken back"] += 1
+
     def _justify(self, request: Request, wanted: Sequence[int], slots: np.ndarray) -> None:
         """It goes on from its own history or from none, and from the longest that there is."""
         spans = request.chain.spans
@@ -222,8 +265,14 @@ class Book:
             return
         for number in self._store.numbers & set(self._tree.read().spans):
             written = self.spans[number]
-            if written.serves(request, wanted):
+            if written.serves(request, self._sought(request, wanted)):
                 assert len(written.tokens) <= request.chain.end, "longer history was not found"
+
+    @staticmethod
+    def _sought(request: Request, wanted: Sequence[int]) -> Sequence[int]:
+        """What a request looks for: if it was retracted, its prompt; the rest is private."""
+        state = adapter.state_of(request.req)
+        return wanted[: len(request.plain.prompt)] if state and state.resumed else wanted
 
     def _recognize(self, request: Request, steps: list[int], places: Sequence[int]) -> None:
         """What lies plain in `places` of a request was left under the request's own tokens."""
@@ -258,7 +307,9 @@ class Book:
         assert positions == list(range(first, first + len(ids))), "RoPE positions are not logical"
         assert max(ids) < SYNTHETIC, "a synthetic id is computed"
         assert ids == plain.expected(len(ids)), "other tokens are computed"
-        for token, slot in zip(ids, slots, strict=True):
+        for place, (token, slot) in enumerate(zip(ids, slots, strict=True)):
+            if place:
+                self._plan_prefill(request)
             entry = plain.feed(token)
             self._memory.write(slot, entry)
             if not plain.compressed:

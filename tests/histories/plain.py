@@ -124,7 +124,7 @@ class Plain:
         self.clear()
 
     def clear(self) -> None:
-        """Its slots were released."""
+        """Nothing is left of it."""
         self.wanted: tuple[int, ...] = ()
         self.tokens: list[int] = []
         self.sampled: int | None = None
@@ -173,6 +173,18 @@ class Plain:
         """Go on from `entries`, which the first `found` tokens of `wanted` left before."""
         self.wanted, self.tokens, self.unordered = wanted, list(wanted[:found]), unordered
         self.replace(0, entries)
+
+    def resume(self, wanted: tuple[int, ...], slots: int) -> None:
+        """Go on from the first `slots` of its own entries."""
+        assert slots <= self.length
+        self.tokens = self.tokens[: len(self.tokens) - (self.length - slots)]
+        self.wanted, self.sampled = wanted, None
+        self.replace(0, self._store[:slots].copy())
+
+    def restart(self) -> None:
+        """Nothing of it was found again: its rounds are run anew."""
+        self.clear()
+        self.rounds = self.evicted = self.closed = 0
 
     def expected(self, count: int) -> list[int]:
         """The next tokens to compute, `count` of what is prefilled or one that was sampled."""
