@@ -3,7 +3,7 @@ SGLANG := 0.5.17
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := .venv/bin/python
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench soak clean
 
 demo: .venv/.ready
 	$(PYTHON) -m bench.demo
@@ -18,6 +18,9 @@ check: .venv/.ready
 
 bench: .venv/.ready
 	$(PYTHON) -m bench.overhead $(ARGS)
+
+soak: .venv/.ready
+	FUZZ_REQUESTS=10000 $(PYTHON) -m pytest -s tests/test_fuzz.py -k random_requests
 
 clean:
 	rm -rf .venv .uv .models results

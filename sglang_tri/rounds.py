@@ -104,6 +104,7 @@ class RequestState:
         think_end: logical position behind it, once it is known.
         scanned: output tokens in which it was looked for.
         uncounted: whether its admission still has to be counted.
+        counted: whether it is counted among the requests that were evicted from.
         first_history: "exact" or "compressed", what its first prefill found.
         suspended: what it left when it was retracted, as long as it can be found.
         resumed: whether it is prefilled with tokens that it has generated itself.
@@ -120,6 +121,7 @@ class RequestState:
     think_end: int | None = None
     scanned: int = 0
     uncounted: bool = True
+    counted: bool = False
     first_history: str = ""
     suspended: Suspended | None = None
     resumed: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sglang.srt.managers import schedule_policy
 
 from bench.decode_log import DecodeLog
@@ -17,6 +18,7 @@ from sglang_tri.config import KvPolicyConfig
 from sglang_tri.footprint import more_slots, slots_for
 from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.rounds import RequestState
+from sglang_tri.runtime import Cache, Runtime
 from tests.client import Ask, recorded_rounds, send, send_all, simulated, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL, SMALL_POOL
@@ -66,6 +68,17 @@ def test_sglang_expects_less_only_inside() -> None:
     assert clip == schedule_policy.CLIP_MAX_NEW_TOKENS
     assert req.sampling_params.ignore_eos
     assert adapter.clip_estimate(clip + 1) == clip
+
+
+def test_memory_of_the_policy_itself() -> None:
+    """Eight bytes for each row of the slot table, whatever the budget; the rest is scratch."""
+    keys = [torch.zeros(64, 2, 8)]
+    for rows in (10, 4097):
+        for budget in (32, 4096):
+            settings = KvPolicyConfig(policy="triattention", budget=budget)
+            runtime = Runtime(settings, Cache(keys, keys, keys), rows, 1)
+            held = [value for value in vars(runtime).values() if torch.is_tensor(value)]
+            assert sum(tensor.nbytes for tensor in held) == 8 * rows
 
 
 @SMALL

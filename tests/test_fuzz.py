@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -16,10 +17,11 @@ from bench.simulator.policies import make_policy
 from tests.client import Answer, Ask, recorded_rounds, send, send_all, tokens_of
 from tests.conftest import Running
 from tests.probing import ask
-from tests.setups import ALIAS_LIMIT
+from tests.setups import ALIAS_LIMIT, FUZZ
 from tests.test_serving import wait_idle
 
-REQUESTS, AT_ONCE = 700, 16
+# `make soak` sends more.
+REQUESTS, AT_ONCE = int(os.environ.get("FUZZ_REQUESTS", "700")), 16
 POLICIES: list[dict[str, Any]] = [
     {"budget": 24, "interval": 16},
     {"budget": 18, "interval": 17, "eviction_mode": "per-layer-per-head"},
@@ -31,7 +33,7 @@ FUZZED = pytest.mark.parametrize("server", ["fuzz-page1", "fuzz-page4"], indirec
 
 
 def random_request(rng: random.Random, index: int) -> dict[str, Any]:
-    prefix = "shared system prompt " * rng.choice([0, 1, 4])
+    prefix = "shared system prompt " * rng.choice([0, 1, 4, 4, rng.randint(5, 20)])
     params = {
         "max_new_tokens": rng.choice([1, 2, rng.randint(3, 30), rng.randint(30, 110)]),
         "temperature": rng.choice([0.0, 1.0]),
@@ -97,6 +99,43 @@ def test_random_requests(server: Running) -> None:
     log = server.server.log.read_text()
     assert "#retracted_reqs: " in log
     assert "memory leak" not in log
+
+
+@FUZZED
+@pytest.mark.parametrize("reuse", ["continuation", "prompt"])
+def test_outputs_longer_than_the_pool_survive_retraction(server: Running, reuse: str) -> None:
+    """What one has generated would fill the pool: stock could never admit it again.
+
+    None holds more than its prompt, budget and interval, however often it is retracted.
+    """
+    server.server.flush_cache()
+    settings = {"budget": 40, "interval": 40, "reuse": reuse}
+    pool = int(FUZZ[FUZZ.index("--max-total-tokens") + 1])
+    ask(server.probe)
+    asks = [Ask(tokens_of(f"{reuse} {n} Long"), pool + 200, settings, 1.0) for n in range(3)]
+    answers = send_all(server, asks)
+    report = ask(server.probe)
+    for answer in answers:
+        assert len(answer.ids) == pool + 200
+        assert len(report["resumed"].get(answer.rid, [])) == answer.meta["num_retractions"]
+        assert answer.meta["kv_policy"]["resident_slots"] <= len(answer.ask.prompt) + 80 + 3
+    assert sum(answer.meta["num_retractions"] for answer in answers) > 20
+    if reuse == "prompt":  # Nothing of it lies in the tree.
+        assert report["peak_used"] <= sum(len(request.prompt) + 80 + 6 for request in asks)
+    answer = max(answers, key=lambda answer: answer.meta["num_retractions"])
+    if not any(computed_twice(server, answer, *found) for found in report["resumed"][answer.rid]):
+        exact_so_far(server, answer, {"budget": 40, "interval": 40}, 600)
+
+
+def exact_so_far(server: Running, answer: Answer, settings: dict[str, Any], tokens: int) -> None:
+    """The first `tokens` output tokens are those of the oracle, which was never interrupted."""
+    judged = Oracle(server.model, server.stats).replay(
+        answer.ask.prompt,
+        answer.ids[:tokens],
+        make_policy("triattention", **settings),
+        server.setup.page_size,
+    )
+    assert np.abs(judged.logprobs - answer.logprobs[:tokens]).max() < 1e-4
 
 
 @FUZZED

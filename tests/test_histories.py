@@ -335,7 +335,7 @@ def test_every_request_reads_what_its_own_conversation_left(
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate],
+            phases=[Phase.generate, Phase.shrink],
         ),
     )
     totals[name] = happened
