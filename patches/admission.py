@@ -84,7 +84,7 @@ def cut_chunk(
     """AROUND add_one_req and add_chunked_req: a resumed request is prefilled round by round."""
     state = adapter.state_of(req)
     most = resume.tokens_until_round(req, state) if state and state.resumed else None
-    if most is None or adapter.remaining_prefill(req) <= most:
+    if most is None or adapter.fits_whole(adder, req, most):
         return reserve(original, adder, req, *args, **kwargs)
     if adapter.has_chunk(active.get().scheduler, adder, req):
         return adapter.try_later()

@@ -106,11 +106,11 @@ def _histories(req: Req, state: RequestState, most: int | None) -> Iterator[Alia
     """Compressed histories that a request may go on from, the longest first."""
     if not _may_reuse(req, state):
         return
-    own, aliases = state.suspended, active.get().aliases
-    if own is not None and own.alias in aliases:
+    own, aliases, tokens = state.suspended, active.get().aliases, adapter.tokens(req)
+    if own is not None and own.alias in aliases and own.alias.chain.end < len(tokens):
         yield own.alias
     state.suspended = None
-    for alias in aliases.find(state.lookup, adapter.tokens(req)):
+    for alias in aliases.find(state.lookup, tokens):
         if most is None or alias.chain.end < most:
             yield alias
 

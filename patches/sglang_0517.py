@@ -162,6 +162,15 @@ def remaining_prefill(req: Req) -> int:
     return len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
 
 
+def fits_whole(adder: PrefillAdder, req: Req, most: int) -> bool:
+    """Whether the rest of a request is prefilled at once, without help, in at most `most` tokens.
+
+    With chunked prefill off, SGLang has no limit to compare a last chunk with.
+    """
+    begun = req.req_pool_idx is not None
+    return remaining_prefill(req) <= most and not (begun and adder.rem_chunk_tokens is None)
+
+
 def has_chunk(scheduler: Scheduler, adder: PrefillAdder, req: Req) -> bool:
     """Whether another request is prefilled in chunks: SGLang takes one at a time."""
     return adder.new_chunked_req is not None or scheduler.chunked_req not in (None, req)

@@ -84,7 +84,7 @@ MARKS = st.sampled_from([[], [THINK], [THINK, DONE]])
 SETUPS = st.fixed_dictionaries(
     {
         "slots": st.sampled_from([160, 256, 384]),
-        "chunk": st.sampled_from([8, 16, 512]),
+        "chunk": st.sampled_from([8, 16, 512, None]),
         "policy": st.sampled_from(["fcfs", "lpm", "dfs-weight"]),
         "optimism": st.sampled_from([0.1, 0.4, 1.0]),
         "preempts": RARELY,

@@ -81,7 +81,7 @@ class Setup:
 
     Attributes:
         slots: size of the KV pool, whole pages.
-        chunk: tokens prefilled at once, whole pages.
+        chunk: tokens prefilled at once, whole pages; None if there is no chunked prefill.
         optimism: share of its outstanding output that a running request is taken to need.
         preempts: whether requests of a higher priority take the place of others.
         forces_miss: whether prefixes that are found are ignored, a debugging feature of SGLang.
@@ -90,7 +90,7 @@ class Setup:
     page_size: int
     overlap: bool
     slots: int
-    chunk: int
+    chunk: int | None
     policy: str
     optimism: float
     preempts: bool
