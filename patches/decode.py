@@ -11,11 +11,10 @@ from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.rounds import Due
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from sglang_tri.rounds import RequestState
     from sglang_tri.runtime import Runtime
 
 
@@ -39,18 +38,11 @@ def _find_due(batch: ScheduleBatch, runtime: Runtime) -> dict[int, Due]:
             continue
         length = adapter.physical_length(req)
         if not state.regions or (may_think and thinking.ends(req, state, length)):
-            state.open_region(_opened(req, state, length), runtime.page_size)
+            state.open_region(length, runtime.page_size)
         region = state.regions[-1]
         if length >= region.due_at:
             due[index] = Due(state, region, req.req_pool_idx)
     return due
-
-
-def _opened(req: Req, state: RequestState, length: int) -> int:
-    """Slots that nothing is evicted from: of a prompt, or of what was written until now."""
-    if state.resumed and not state.regions:
-        return state.chain.physical_length(len(req.origin_input_ids))
-    return length
 
 
 def _shrink(batch: ScheduleBatch, due: dict[int, Due], runtime: Runtime) -> None:

@@ -309,6 +309,22 @@ def test_a_history_lost_in_the_queue(policy: str) -> None:
     users.finish()
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["normal", "overlap"])
+def test_retracted_when_a_round_is_due(overlap: bool) -> None:
+    """The round would come between what it left and its last token: it is prefilled anew."""
+    kind = {"page_size": 1, "overlap": overlap, "totals": Counter()}
+    users = type("Users", (Histories,), kind)()
+    setup = {"slots": 256, "chunk": 512, "policy": "fcfs", "optimism": 0.1}
+    users.start({**setup, "preempts": False, "forces_miss": False}, [], 1000, False, False)
+    users.ask([Ask("new", 0, tuple(range(32, 38)), (8,), 0, 0, 0, 60, 1, 0)], 20)
+    (request,) = users.book.requests.values()
+    while not (request.plain.due and request.plain.rounds > 1):
+        users.run(1)
+    users.retract("all", 20)
+    assert users.book.done["retracted compressed"] == 1
+    users.finish()
+
+
 @pytest.fixture(scope="module")
 def totals() -> dict[str, Counter[str]]:
     """How often what happened, by server."""
