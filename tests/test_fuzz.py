@@ -101,8 +101,11 @@ def test_random_requests(server: Running) -> None:
     assert "memory leak" not in log
 
 
-@FUZZED
-@pytest.mark.parametrize("reuse", ["continuation", "prompt"])
+@pytest.mark.parametrize(
+    ("server", "reuse"),
+    [("fuzz-page1", "continuation"), ("fuzz-page1", "prompt"), ("fuzz-page4", "continuation")],
+    indirect=["server"],
+)
 def test_outputs_longer_than_the_pool_survive_retraction(server: Running, reuse: str) -> None:
     """What one has generated would fill the pool: stock could never admit it again.
 
