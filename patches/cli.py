@@ -14,9 +14,10 @@ from sglang_tri.stats import commands
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    arguments, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "calibrate":
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if arguments.command == "doctor":
             return doctor.run(config.from_namespace(arguments), arguments.model_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.rounds import Due
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_tri.runtime import Runtime
@@ -25,7 +27,7 @@ def plan_rounds(batch: ScheduleBatch, selected_indices: list[int] | None = None)
     runtime = active.get().runtime
     due = _find_due(batch, runtime)
     if due:
-        _shrink(batch, due, runtime)
+        _shrink(batch, due)
 
 
 def _find_due(batch: ScheduleBatch, runtime: Runtime) -> dict[int, Due]:
@@ -45,22 +47,32 @@ def _find_due(batch: ScheduleBatch, runtime: Runtime) -> dict[int, Due]:
     return due
 
 
-def _shrink(batch: ScheduleBatch, due: dict[int, Due], runtime: Runtime) -> None:
-    fence()
-    freed = runtime.plan(due.values(), batch.req_to_token_pool.req_to_token)
-    batch.token_to_kv_pool_allocator.free_segment(freed, start_pos=0)
+def _shrink(batch: ScheduleBatch, due: dict[int, Due]) -> None:
+    requests = [(batch.reqs[index], request) for index, request in due.items()]
+    plan(requests, batch.req_to_token_pool.req_to_token, batch.token_to_kv_pool_allocator)
     pinned = batch.seq_lens.is_cuda
     cut = torch.zeros(len(batch.reqs), dtype=torch.int64, pin_memory=pinned)
     for index, request in due.items():
-        region = request.region
-        adapter.set_physical_length(batch.reqs[index], region.start + region.kept)
-        cut[index] = region.candidates - region.kept
+        cut[index] = request.region.candidates - request.region.kept
     adapter.shrink_batch(batch, cut)
     # What was freed is offered to waiting requests, although nobody has finished.
     batch.batch_is_full = False
 
 
-def fence() -> None:
+def plan(
+    requests: Sequence[tuple[Req, Due]],
+    request_to_slot: torch.Tensor,
+    allocator: BaseTokenToKVPoolAllocator,
+) -> None:
+    """Plan a round for each request; what it evicts is free, and lengths are shorter, at once."""
+    _fence()
+    freed = active.get().runtime.plan([due for _, due in requests], request_to_slot)
+    allocator.free_segment(freed, start_pos=0)
+    for req, due in requests:
+        adapter.set_physical_length(req, due.region.start + due.region.kept)
+
+
+def _fence() -> None:
     """Order the next write into the slot table behind the forward pass that may still read there.
 
     Without a round, SGLang only appends to a row, where no running forward pass reads.

@@ -53,7 +53,7 @@ def _check(settings: KvPolicyConfig, model_path: str | None) -> list[str]:
         problems.append("SGLang does not see the plugin: install sglang-tri in this environment")
     try:
         refusals.check_version(settings)
-        launch.read_statistics(settings)
+        launch.read_sources(settings)
         if model_path is not None:
             launch.check(_server_args(model_path), settings)
     except (OSError, ValueError) as error:

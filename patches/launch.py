@@ -64,14 +64,19 @@ def read_statistics(settings: KvPolicyConfig) -> Statistics | None:
     """Statistics in the file that the settings name, if they name one.
 
     Raises:
-        KvPolicyError: the file, or the text to make statistics with, cannot be read.
+        KvPolicyError: the file cannot be read.
     """
-    if settings.calibrates:
-        text.Source(settings.calibration_text).read()
     if settings.stats_file is None:
         return None
     with naming_statistics():
         return stats.load(settings.stats_file)
+
+
+def read_sources(settings: KvPolicyConfig) -> Statistics | None:
+    """As `read_statistics`; refuses a text that statistics cannot be made with later, too."""
+    if settings.calibrates:
+        text.Source(settings.calibration_text).read()
+    return read_statistics(settings)
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def naming_statistics() -> Iterator[None]:
 
 def check_statistics(settings: KvPolicyConfig, model: Any) -> None:
     """Refuse unreadable statistics, and those of another geometry or RoPE."""
-    found = read_statistics(settings)
+    found = read_sources(settings)
     if found is None:
         return
     with naming_statistics():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def admitted(req: Req, state: RequestState) -> None:
     """A prefill of a resumed request is prepared: what it has generated becomes private."""
     suspended = state.suspended
-    if suspended is not None and state.history is suspended.alias:
+    if suspended is not None and state.takes_back:
         start = suspended.regions[0].start
         if adapter.take_back(active.get().scheduler.tree_cache, req, start):
             state.history, state.regions = suspended.history, suspended.regions
@@ -30,8 +30,9 @@ def admitted(req: Req, state: RequestState) -> None:
     elif not state.regions:
         state.rounds = state.evicted_tokens = 0
         state.thinking = True
-        if adapter.prefilled_length(req) > first_region(req, state).start:
-            state.regions.append(first_region(req, state))
+        region = first_region(req, state)
+        if adapter.prefilled_length(req) > region.start:
+            state.regions.append(region)
             _close_thinking(req, state)
 
 
@@ -44,15 +45,13 @@ def first_region(req: Req, state: RequestState) -> Region:
 
 def next_chunk(req: Req, state: RequestState) -> None:
     """Between two chunks: run the round that decoding would have run here."""
-    region, physical = state.regions[-1], len(req.prefix_indices)
-    rows = active.get().scheduler.req_to_token_pool.req_to_token
-    if physical == region.due_at:
-        decode.fence()
-        freed = active.get().runtime.plan([Due(state, region, req.req_pool_idx)], rows)
-        active.get().scheduler.token_to_kv_pool_allocator.free_segment(freed, start_pos=0)
-        physical = region.start + region.kept
-        adapter.set_physical_length(req, physical)
+    region, scheduler = state.regions[-1], active.get().scheduler
+    rows = scheduler.req_to_token_pool.req_to_token
+    if len(req.prefix_indices) == region.due_at:
+        due = [(req, Due(state, region, req.req_pool_idx))]
+        decode.plan(due, rows, scheduler.token_to_kv_pool_allocator)
         _close_thinking(req, state)
+    physical = adapter.physical_length(req)
     adapter.continue_private(req, rows[req.req_pool_idx, :physical].long(), state.delta)
 
 
@@ -69,21 +68,19 @@ def _close_thinking(req: Req, state: RequestState) -> None:
 
 def tokens_until_round(req: Req, state: RequestState) -> int | None:
     """What of a resumed request can be prefilled at once; None if it takes back what it left."""
-    if state.suspended is not None and state.history is state.suspended.alias:
+    if state.takes_back:
         return None
-    physical = len(req.prefix_indices)
-    if state.regions:
-        return state.regions[-1].due_at - physical
-    region = first_region(req, state)
-    return (region.start if physical < region.start else region.due_at) - physical
+    region, physical = last_region(req, state), len(req.prefix_indices)
+    in_prompt = not state.regions and physical < region.start
+    return (region.start if in_prompt else region.due_at) - physical
 
 
 def last_region(req: Req, state: RequestState) -> Region:
     """The region that a resumed request will be in, or is in."""
-    own = state.suspended
-    if own is not None and state.history is own.alias:
-        return own.regions[-1]
-    return state.regions[-1] if state.regions else first_region(req, state)
+    regions = state.regions
+    if state.suspended is not None and state.takes_back:
+        regions = state.suspended.regions
+    return regions[-1] if regions else first_region(req, state)
 
 
 def keeps_private(req: Req, chunked: bool) -> bool:

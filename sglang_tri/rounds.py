@@ -104,7 +104,7 @@ class RequestState:
         think_end: logical position behind it, once it is known.
         scanned: output tokens in which it was looked for.
         uncounted: whether its admission still has to be counted.
-        counted: whether it is counted among the requests that were evicted from.
+        was_evicted_from: whether it ever was, also before it was prefilled anew.
         first_history: "exact" or "compressed", what its first prefill found.
         suspended: what it left when it was retracted, as long as it can be found.
         resumed: whether it is prefilled with tokens that it has generated itself.
@@ -121,7 +121,7 @@ class RequestState:
     think_end: int | None = None
     scanned: int = 0
     uncounted: bool = True
-    counted: bool = False
+    was_evicted_from: bool = False
     first_history: str = ""
     suspended: Suspended | None = None
     resumed: bool = False
@@ -129,6 +129,11 @@ class RequestState:
     @property
     def chain(self) -> Chain:
         return self.history.chain if self.history else Chain()
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether the history that it was found under is what it left itself."""
+        return self.suspended is not None and self.history is self.suspended.alias
 
     @property
     def delta(self) -> int:

@@ -165,8 +165,8 @@ class Runtime:
         state, region, counters = member.state, member.region, self.counters
         evicted = region.candidates - region.kept
         counters.saw_resident(region.due_at - state.regions[0].opened)
-        counters.requests_evicted += not state.counted
-        state.counted = True
+        counters.requests_evicted += not state.was_evicted_from
+        state.was_evicted_from = True
         counters.rounds += 1
         counters.evicted_tokens += evicted
         counters.freed_slots += evicted

@@ -45,9 +45,10 @@ from tests.histories.asks import (
     Text,
 )
 from tests.histories.audit import Audit
-from tests.histories.book import Book, Memory, Request, Store
+from tests.histories.book import Book, Request, Store
 from tests.histories.hooked import hooked
 from tests.histories.loop import FORCE_MISS, LONGEST, ROWS, Loop, Setup
+from tests.histories.memory import Memory
 from tests.histories.plain import ByDigest, Plain
 from tests.histories.tree import Tree
 
@@ -289,13 +290,19 @@ def server() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
-def test_a_history_lost_in_the_queue(policy: str) -> None:
-    """A retracted request waits for memory while its history is evicted: it prefills its tokens."""
-    kind = {"page_size": 1, "overlap": False, "totals": Counter()}
+def started(overlap: bool, policy: str) -> Any:
+    """Users of a server with single slots, for one history in particular."""
+    kind = {"page_size": 1, "overlap": overlap, "totals": Counter()}
     users = type("Users", (Histories,), kind)()
     setup = {"slots": 256, "chunk": 512, "policy": policy, "optimism": 0.1}
     users.start({**setup, "preempts": False, "forces_miss": False}, [], 1000, False, False)
+    return users
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_a_history_lost_in_the_queue(policy: str) -> None:
+    """A retracted request waits for memory while its history is evicted: it prefills its tokens."""
+    users = started(overlap=False, policy=policy)
     first = Ask("new", 0, tuple(range(32, 38)), (8,), 0, 0, 0, 60, 1, 0)
     users.ask([first, first._replace(message=(9, 10, 11))], 20)
     users.retract("now", 0)
@@ -312,10 +319,7 @@ def test_a_history_lost_in_the_queue(policy: str) -> None:
 @pytest.mark.parametrize("overlap", [False, True], ids=["normal", "overlap"])
 def test_retracted_when_a_round_is_due(overlap: bool) -> None:
     """The round would come between what it left and its last token: it is prefilled anew."""
-    kind = {"page_size": 1, "overlap": overlap, "totals": Counter()}
-    users = type("Users", (Histories,), kind)()
-    setup = {"slots": 256, "chunk": 512, "policy": "fcfs", "optimism": 0.1}
-    users.start({**setup, "preempts": False, "forces_miss": False}, [], 1000, False, False)
+    users = started(overlap=overlap, policy="fcfs")
     users.ask([Ask("new", 0, tuple(range(32, 38)), (8,), 0, 0, 0, 60, 1, 0)], 20)
     (request,) = users.book.requests.values()
     while not (request.plain.due and request.plain.rounds > 1):

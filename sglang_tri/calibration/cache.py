@@ -22,9 +22,10 @@ def folder() -> Path:
     Raises:
         KvPolicyError: there is no home folder, and none of the variables is set.
     """
-    chosen, base = os.environ.get(FOLDER), os.environ.get("XDG_CACHE_HOME")
-    if chosen or base:
-        return Path(chosen) if chosen else Path(base or "") / "sglang-tri"
+    if chosen := os.environ.get(FOLDER):
+        return Path(chosen)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "sglang-tri"
     try:
         return Path.home() / ".cache" / "sglang-tri"
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -55,8 +56,7 @@ def show(statistics: Statistics, rope: Rope | None, heads: bool) -> str:
     lines = [f"{statistics.path}: {layers} layers, {count} query heads, head size {size}"]
     lines += [f"  {name}: {value}" for name, value in sorted(statistics.metadata.items())]
     lines += ["", *_EXPLANATION, *_legend(statistics, rope), ""]
-    rows = _head_rows(statistics, rope) if heads else _layer_rows(statistics, rope)
-    lines += [*rows, "", _overall(summary(statistics))]
+    lines += [*_rows(statistics, rope, heads), "", _overall(summary(statistics))]
     return "\n".join(lines)
 
 
@@ -115,33 +115,26 @@ def _preferred(statistics: Statistics, rope: Rope | None) -> torch.Tensor | None
     return None if rope is None else describe.preferred_distances(statistics, rope, LONGEST)
 
 
-def _layer_rows(statistics: Statistics, rope: Rope | None) -> Iterator[str]:
+def _rows(statistics: Statistics, rope: Rope | None, by_head: bool) -> Iterator[str]:
     found, preferred = describe.concentration(statistics), _preferred(statistics, rope)
     pairs = describe.strongest_pairs(statistics)
-    columns = ("layer", *_HEADINGS, "R3>0.95", "strongest", "distance of each head")
+    sixth, last = ("head", "distance") if by_head else ("R3>0.95", "distance of each head")
+    columns = ("layer", *_HEADINGS, sixth, "strongest", last)
     yield _row(columns if preferred is not None else columns[:-1])
-    for layer in range(statistics.shape[0]):
-        above = (found.strongest[layer] > describe.CONCENTRATED).float().mean()
-        common = pairs[layer].flatten().bincount().topk(describe.STRONGEST).indices
-        cells = [str(layer), *_readings(found, layer, None), f"{float(above):.1%}"]
-        cells.append(_pair_names(common, rope))
+    layers, count, _ = statistics.shape
+    heads: list[int | None] = [*range(count)] if by_head else [None]
+    for layer, head in product(range(layers), heads):
+        if head is None:
+            above = (found.strongest[layer] > describe.CONCENTRATED).float().mean()
+            label = f"{float(above):.1%}"
+            strongest = pairs[layer].flatten().bincount().topk(describe.STRONGEST).indices
+        else:
+            label, strongest = str(head), pairs[layer, head]
+        cells = [str(layer), *_readings(found, layer, head), label, _pair_names(strongest, rope)]
         if preferred is not None:
-            cells.append(" ".join(map(str, preferred[layer].tolist())))
+            chosen = preferred[layer] if head is None else preferred[layer, head : head + 1]
+            cells.append(" ".join(map(str, chosen.tolist())))
         yield _row(cells)
-
-
-def _head_rows(statistics: Statistics, rope: Rope | None) -> Iterator[str]:
-    found, preferred = describe.concentration(statistics), _preferred(statistics, rope)
-    pairs = describe.strongest_pairs(statistics)
-    columns = ("layer", *_HEADINGS, "head", "strongest", "distance")
-    yield _row(columns if preferred is not None else columns[:-1])
-    for layer in range(statistics.shape[0]):
-        for head in range(statistics.shape[1]):
-            cells = [str(layer), *_readings(found, layer, head), str(head)]
-            cells.append(_pair_names(pairs[layer, head], rope))
-            if preferred is not None:
-                cells.append(str(int(preferred[layer, head])))
-            yield _row(cells)
 
 
 def _readings(found: describe.Concentration, layer: int, head: int | None) -> list[str]:

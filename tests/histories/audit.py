@@ -12,8 +12,9 @@ from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.patches.responses import KEY
 from sglang_tri.runtime import Runtime
 from sglang_tri.spans import SYNTHETIC
-from tests.histories.book import Book, Memory, Request, Store
+from tests.histories.book import Book, Request, Store
 from tests.histories.loop import ROWS, Loop
+from tests.histories.memory import Memory
 from tests.histories.plain import in_order
 from tests.histories.tree import Held, Tree
 
