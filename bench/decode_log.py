@@ -1,4 +1,4 @@
-"""Read SGLang's "Decode batch" log lines: running requests, slots in use, throughput."""
+"""Read SGLang's log: running requests, slots in use, throughput, retractions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 _LINE = re.compile(
     r"Decode batch.*?#running-req: (\d+), #token: (\d+).*?gen throughput \(token/s\): ([\d.]+)"
 )
+_RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,18 @@ class DecodeLine:
 
 
 class DecodeLog:
-    """Follows a growing log file; `lines` holds what was read so far."""
+    """Follows a growing log file.
+
+    Attributes:
+        lines: what was read so far.
+        retracted: how often a request was retracted, in what was read so far.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = path.stat().st_size if path.exists() else 0
         self.lines: list[DecodeLine] = []
+        self.retracted = 0
 
     def read_new(self) -> list[DecodeLine]:
         """Lines that were completed since the last call."""
@@ -41,10 +48,12 @@ class DecodeLog:
             text = file.read()
         complete = text[: text.rfind(b"\n") + 1]
         self._offset += len(complete)
+        log = complete.decode(errors="replace")
         new = [
             DecodeLine(int(found[1]), int(found[2]), float(found[3]))
-            for found in _LINE.finditer(complete.decode(errors="replace"))
+            for found in _LINE.finditer(log)
         ]
+        self.retracted += sum(int(found[1]) for found in _RETRACTED.finditer(log))
         self.lines += new
         return new
 

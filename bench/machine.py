@@ -5,9 +5,12 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import torch
+
 
 def machine() -> str:
-    """Architecture, and the CPU model as Linux names it."""
+    """Architecture, the CPU model as Linux names it, and the GPU's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return f"{platform.machine()}, {next(names, '?')}"
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([platform.machine(), next(names, "?"), *gpu])

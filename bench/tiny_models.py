@@ -8,7 +8,6 @@ queries with a non-zero mean, so calibration statistics of it mean something.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import string
 from collections.abc import Callable
@@ -19,24 +18,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from bench.tiny_tokenizer import (
+    EOS,
+    PRINTABLE,
+    special_id,
+    write_json,
+    write_tokenizer,
+)
+
 LAYERS = 4
 HIDDEN = 128
 HEADS = 4
 KV_HEADS = 2
 HEAD_DIM = 32
 FFN = 128
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-EOS = "<|im_end|>"
 VOCAB = 264  # 256 bytes and 3 specials, rounded up to a multiple of 8
 LANES = 16  # residual channels that hold the same value at every position: the source of Q/K means
-PRINTABLE = (*range(32, 127), ord("\n"))
 
 Rand = Callable[..., torch.Tensor]  # sizes in, independent standard normals out
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,9 @@ def make_model(kind: str, path: Path) -> Path:
     if kind not in KINDS:
         raise ValueError(f"unknown tiny model {kind!r}; known: {', '.join(KINDS)}")
     path.mkdir(parents=True, exist_ok=True)
-    _write_json(path / "config.json", _config(KINDS[kind]))
-    _write_json(path / "generation_config.json", {"eos_token_id": _special_id(EOS)})
-    _write_tokenizer(path)
+    write_json(path / "config.json", _config(KINDS[kind]))
+    write_json(path / "generation_config.json", {"eos_token_id": special_id(EOS)})
+    write_tokenizer(path)
     save_file(_weights(KINDS[kind]), path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -233,9 +232,9 @@ def _config(kind: Kind) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "eos_token_id": _special_id(EOS),
+        "eos_token_id": special_id(EOS),
         "bos_token_id": None,
-        "pad_token_id": _special_id("<|endoftext|>"),
+        "pad_token_id": special_id("<|endoftext|>"),
         "torch_dtype": "float32",
         **kind.config,
     }
@@ -302,60 +301,6 @@ def _writing(rand: Rand, columns: int, scale: float) -> torch.Tensor:
     weight: torch.Tensor = rand(HIDDEN, columns) * (scale / columns**0.5)
     weight[:LANES] = 0.0
     return weight
-
-
-def _write_tokenizer(path: Path) -> None:
-    """One token a byte (id = byte value), specials after them, no merges."""
-    vocab = {char: byte for byte, char in enumerate(_byte_characters())}
-    specials = [
-        {
-            "id": _special_id(text),
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for text in SPECIALS
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": specials,
-        "normalizer": None,
-        "pre_tokenizer": {**byte_level, "trim_offsets": True},
-        "post_processor": None,
-        "decoder": {**byte_level, "trim_offsets": True},
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    }
-    _write_json(path / "tokenizer.json", tokenizer)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    _write_json(path / "tokenizer_config.json", config)
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level BPE vocabularies."""
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(b) if b in visible else chr(256 + hidden.index(b)) for b in range(256)]
-
-
-def _special_id(text: str) -> int:
-    return 256 + SPECIALS.index(text)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ from bench.agent import frontend as agent_frontend
 from bench.agent.arms import ARMS, CONTINUATION, PROMPT, STOCK, Outcome, check_settings
 from bench.agent.calls import LONGEST_CALL, REASONING, TOOL_CALL, Call
 from bench.agent.frontend import Sent
-from bench.agent.goals import RECENT, Goal, judge, waits
+from bench.agent.goals import RECENT, judge, waits
 from bench.agent.prompt import TEMPLATE, THINK_END, after_call, messages, opening, system_prompt
 from bench.agent.report import arm_table, draw, turn_table
 from bench.agent.tools import CALL_SCHEMA, TOOLS, Toolbox
+from bench.goal import Goal
 from bench.server import Endpoint
 
 SYSTEM = "Use tools."

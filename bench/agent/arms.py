@@ -6,8 +6,7 @@ import argparse
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from tqdm import tqdm
 
 from bench.agent.calls import Call, tokenize
 from bench.agent.prompt import TEMPLATE, system_prompt
+from bench.arms import Arm, running
 from bench.decode_log import DecodeLog
-from bench.server import STOCK_ENVIRONMENT, Endpoint, Server
+from bench.server import STOCK_ENVIRONMENT, Endpoint
 from bench.tiny_models import make_model
 
 ARMS = ("prompt", "continuation", "stock", "radix-off")
@@ -62,15 +62,6 @@ class Workload(ABC):
 
     @abstractmethod
     def take_turn(self) -> list[Call]: ...
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A server to compare: its name, its arguments, variables added to its environment."""
-
-    name: str
-    arguments: list[str]
-    environment: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -137,10 +128,10 @@ def make_arms(arguments: argparse.Namespace) -> list[Arm]:
     policy += ["--kv-budget", str(arguments.budget), "--kv-interval", str(arguments.interval)]
     common = [*COMMON, *arguments.server_arguments]
     return [
-        Arm(PROMPT, [*common, *policy, "--kv-reuse", "prompt"], {}),
-        Arm(CONTINUATION, [*common, *policy, "--kv-reuse", "continuation"], {}),
+        Arm(PROMPT, [*common, *policy, "--kv-reuse", "prompt"]),
+        Arm(CONTINUATION, [*common, *policy, "--kv-reuse", "continuation"]),
         Arm(STOCK, common, STOCK_ENVIRONMENT),
-        Arm(RADIX_OFF, [*common, *policy, "--disable-radix-cache"], {}),
+        Arm(RADIX_OFF, [*common, *policy, "--disable-radix-cache"]),
     ]
 
 
@@ -162,7 +153,8 @@ def measure(workload: type[Workload], arguments: argparse.Namespace) -> list[Out
         arms = make_arms(arguments)
         outcomes: list[Outcome] = []
         for pair in (arms[:2], arms[2:]):
-            with _running(pair, model, folder, bar) as started:
+            bar.set_description("starting " + " and ".join(arm.name for arm in pair))
+            with running(pair, model, folder, bar.refresh) as started:
                 sessions = [begin(name, server, server.log) for name, server in started.items()]
                 outcomes += _alternate(sessions, turns, bar)
     return outcomes
@@ -178,21 +170,6 @@ def check_settings(info: dict[str, Any]) -> None:
         raise SystemExit("The server does not report cached tokens: add --enable-cache-report.")
     if info["reasoning_parser"]:
         raise SystemExit("The server holds grammars back until thinking ends: drop its parser.")
-
-
-@contextmanager
-def _running(arms: list[Arm], model: Path, folder: Path, bar: tqdm) -> Iterator[dict[str, Server]]:
-    """The servers of `arms`, started at once, by name."""
-    bar.set_description("starting " + " and ".join(arm.name for arm in arms))
-    with ExitStack() as stack:
-        servers = {}
-        for arm in arms:
-            log = folder / f"{arm.name}.log"
-            servers[arm.name] = Server(model, arm.arguments, log, arm.environment, bar.refresh)
-            stack.callback(servers[arm.name].stop)
-        for server in servers.values():
-            server.wait_until_ready()
-        yield servers
 
 
 def _alternate(sessions: list[Session], turns: int, bar: tqdm) -> list[Outcome]:

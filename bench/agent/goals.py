@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
 
 from bench.agent.arms import CONTINUATION, PROMPT, STOCK, Outcome
 from bench.agent.calls import Call, ExactAgent
+from bench.goal import Goal
 from sglang_tri.config import KvPolicyConfig
 
 FASTER, LONG_REASONING = 0.2, 1000
 RECENT = KvPolicyConfig.recent
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One goal.
-
-    Attributes:
-        met: None if this run cannot tell.
-        required: whether missing it fails the bench.
-    """
-
-    text: str
-    measured: str
-    met: bool | None
-    required: bool
-
-    @property
-    def failed(self) -> bool:
-        return self.required and self.met is False
-
-    def __str__(self) -> str:
-        verdict = {True: "met", False: "MISSED", None: "not measured"}[self.met]
-        return f"[{verdict}] {self.text}: {self.measured}"
 
 
 def judge(outcomes: list[Outcome], reasoning: int) -> list[Goal]:

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 from bench.agent.arms import Outcome
 from bench.agent.calls import Call
-from bench.agent.goals import Goal
+from bench.goal import Goal
 from bench.machine import machine
+from bench.table import table
 
 
 def report(
@@ -45,7 +46,7 @@ def arm_table(outcomes: list[Outcome]) -> str:
         speed = f"{outcome.tokens_per_second:.0f}"
         counts = _counts(outcome.calls)
         rows.append([outcome.name, speed, peak, *counters, *counts, *_rates(outcome.calls, paths)])
-    return _table(rows)
+    return table(rows)
 
 
 def turn_table(outcomes: list[Outcome]) -> str:
@@ -60,7 +61,7 @@ def turn_table(outcomes: list[Outcome]) -> str:
             new = str(sum(call.new for call in calls))
             counts = [*_counts(calls), new]
             rows.append([outcome.name, str(turn), kind, *times, *counts, *_rates(calls, paths)])
-    return _table(rows)
+    return table(rows)
 
 
 def draw(outcomes: list[Outcome], path: Path) -> None:
@@ -110,16 +111,3 @@ def _rates(calls: Sequence[Call], paths: list[str]) -> list[str]:
         mine = [call for call in calls if call.path == path]
         rates.append(f"{sum(c.cached for c in mine) / sum(c.prompt for c in mine):.1%}")
     return rates
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Columns as wide as they must be; the first is flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        first, *cells = (
-            f"{cell:>{width}}" if i else f"{cell:<{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *cells]).rstrip())
-    return "\n".join(lines)

@@ -1,0 +1,35 @@
+"""Servers that are compared with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.server import Server
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A server to compare: its name, its arguments, variables added to its environment."""
+
+    name: str
+    arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def running(
+    arms: Sequence[Arm], model: Path, folder: Path, on_wait: Callable[[], None]
+) -> Iterator[dict[str, Server]]:
+    """The servers of `arms`, started at once, by name; their logs lie in `folder`."""
+    with ExitStack() as stack:
+        servers = {}
+        for arm in arms:
+            log = folder / f"{arm.name}.log"
+            servers[arm.name] = Server(model, arm.arguments, log, arm.environment, on_wait)
+            stack.callback(servers[arm.name].stop)
+        for server in servers.values():
+            server.wait_until_ready()
+        yield servers

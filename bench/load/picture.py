@@ -1,0 +1,31 @@
+"""Running requests and tokens per second over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bench.load.cells import Cell
+
+_WIDTH, _HEIGHT = 11, 2.6  # Inches; of one row.
+
+
+def draw(groups: list[list[Cell]], path: Path) -> None:
+    """A row for each workload in each pool, a line for each arm's first run."""
+    figure = Figure(figsize=(_WIDTH, _HEIGHT * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 2, squeeze=False)
+    for (left, right), group in zip(axes, groups, strict=True):
+        run = group[0].first
+        left.set_title(f"{run.workload}, pool {run.pool}: running requests", fontsize="medium")
+        right.set_title("output tokens per second", fontsize="medium")
+        for cell in group:
+            times, running, rates = zip(*cell.first.over_time, strict=True)
+            left.plot(times, running, label=cell.first.arm, linewidth=1.2)
+            right.plot(times, rates, label=cell.first.arm, linewidth=1.2)
+        for side in (left, right):
+            side.set(xlim=(0, None), ylim=(0, None))
+    axes[0][1].legend(fontsize="small")
+    for bottom in axes[-1]:
+        bottom.set_xlabel("seconds")
+    figure.savefig(path, dpi=110)

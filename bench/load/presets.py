@@ -1,0 +1,116 @@
+"""What is measured by default: on a small machine, and with the shape of an 8B model on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from bench.dummy_models import make_dummy
+from bench.load.workloads import Workload, random_lengths, reasoning, shared_prefix
+from bench.tiny_models import make_model
+
+RICH, FULL = "rich", "full"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A size of the pool, and what is measured in it.
+
+    Attributes:
+        name: how many reasoning requests stock SGLang has room for; `rich`: for all; `full`: as
+            many as the device's memory holds.
+        slots: KV slots; None if the memory decides.
+    """
+
+    name: str
+    slots: int | None
+    workloads: list[Workload]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of everything.
+
+    Attributes:
+        make_model: fills a folder with a model.
+        server: arguments for all servers.
+        most: `--max-running-requests`.
+        budget, interval: of the policy.
+        clips: values of SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION to try.
+        systems: tokens of the system prompt of the reasoning workload, each is measured.
+        outputs: its output tokens, each is measured.
+        question: tokens of its questions.
+        sent: requests sent to each pool: where stock SGLang has room for 4 of them, for 8, ...
+        others: workloads for the smallest pool and the memory-rich one.
+        side_by_side: whether all servers of a pool stand at once; else each has the device alone.
+        goal: least ratio to production SGLang where memory is short.
+    """
+
+    make_model: Callable[[Path], Path]
+    server: list[str]
+    most: int
+    budget: int
+    interval: int
+    clips: list[int]
+    systems: list[int]
+    outputs: list[int]
+    question: int
+    sent: dict[str, int]
+    others: list[Workload]
+    side_by_side: bool
+    goal: float
+
+    def pools(self) -> list[Pool]:
+        """For each length of prompt and output, in the order of `sent`."""
+        lengths = list(product(self.systems, self.outputs))
+        return [self._pool(name, *pair) for pair in lengths for name in self.sent]
+
+    def _pool(self, name: str, system: int, output: int) -> Pool:
+        workload = reasoning(self.sent[name], system, self.question, output)
+        first = (system, output) == (self.systems[0], self.outputs[0])
+        others = self.others if first and name in (next(iter(self.sent)), RICH) else []
+        fitting = {RICH: workload.requests, FULL: None}.get(name, name)
+        slots = None if fitting is None else workload.pool_for(int(fitting))
+        return Pool(name, slots, [workload, *others])
+
+
+PRESETS = {
+    "tiny": Preset(
+        make_model=lambda folder: make_model("qwen3", folder),
+        server=["--stream-interval", "8"],
+        most=64,
+        budget=48,
+        interval=24,
+        clips=[32],
+        systems=[128],
+        outputs=[256],
+        question=32,
+        sent={"4": 20, "8": 32, "16": 48, "32": 64, RICH: 48},
+        others=[
+            shared_prefix("shared prefix", 4, 8, system=256, question=32, output=64),
+            random_lengths(32, prompt=256, output=192),
+        ],
+        side_by_side=True,
+        goal=1.2,
+    ),
+    "qwen3-8b": Preset(
+        make_model=lambda folder: make_dummy("qwen3-8b", folder),
+        server=["--load-format", "dummy", "--attention-backend", "flashinfer"],
+        most=256,
+        budget=2048,
+        interval=128,
+        clips=[1024, 2048],
+        systems=[1024, 4096],
+        outputs=[16384, 32768],
+        question=128,
+        sent={"4": 48, "8": 96, "16": 160, "32": 256, RICH: 32, FULL: 256},
+        others=[
+            shared_prefix("shared prefix", 16, 16, system=2048, question=128, output=256),
+            random_lengths(256, prompt=1024, output=1024),
+        ],
+        side_by_side=False,
+        goal=2.5,
+    ),
+}
