@@ -2,10 +2,10 @@
 
 The servers of a pool get the same load from SGLang's own client: long reasoning behind one system
 prompt, sent at once. They are production SGLang (radix cache, overlap scheduling, CUDA graphs), the
-same with other estimates of output lengths (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION), SGLang
-with radix cache and overlap scheduling off, and the policy. Pools are sized by how many of
-these requests production SGLang has room for, to the last token. In the smallest and in the
-memory-rich pool the client's generated-shared-prefix and random workloads run, too.
+same with other estimates of output lengths (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION), SGLang with
+radix cache and overlap scheduling off, and the policy. Pools are sized by how many of these
+requests production SGLang has room for, to the last token. In the memory-rich pool the client's
+generated-shared-prefix and random workloads run, too.
 
 Beside each measured ratio stands what it would be if a decoding step took as long as reading the
 weights and the KV slots of its batch, at the batch sizes that were measured.
@@ -74,15 +74,17 @@ def _measure(
 def _chosen(arguments: argparse.Namespace) -> Preset:
     """The preset, with what the command line says otherwise."""
     preset = PRESETS[arguments.preset]
-    unknown = set(arguments.pools or ()) - set(preset.sent)
-    if unknown:
-        known = ", ".join(preset.sent)
-        raise SystemExit(f"--pools {' '.join(sorted(unknown))}: {arguments.preset} has {known}")
+    for flag, names in (("--pools", arguments.pools), ("--others-in", arguments.others_in)):
+        unknown = sorted(set(names or ()) - set(preset.sent))
+        if unknown:
+            known = ", ".join(preset.sent)
+            raise SystemExit(f"{flag} {' '.join(unknown)}: {arguments.preset} has {known}")
     return replace(
         preset,
         systems=arguments.systems or preset.systems,
         outputs=arguments.outputs or preset.outputs,
         clips=preset.clips if arguments.clips is None else arguments.clips,
+        others_in=preset.others_in if arguments.others_in is None else arguments.others_in,
         sent={name: preset.sent[name] for name in arguments.pools or preset.sent},
     )
 
@@ -93,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="model and sizes")
     parser.add_argument("--pools", nargs="+", help="which of the preset's pools")
+    parser.add_argument("--others-in", nargs="*", help="pools that get the other workloads, too")
     parser.add_argument("--systems", type=int, nargs="+", help="tokens of the system prompt")
     parser.add_argument("--outputs", type=int, nargs="+", help="output tokens")
     parser.add_argument("--clips", type=int, nargs="*", help="estimates of output tokens to try")

@@ -20,6 +20,8 @@ from tests.probing import ask
 from tests.setups import ALIAS_LIMIT, FUZZ
 from tests.test_serving import wait_idle
 
+POOL = int(FUZZ[FUZZ.index("--max-total-tokens") + 1])
+LONGEST = POOL // 3  # Of the prompts.
 # `make soak` sends more.
 REQUESTS, AT_ONCE = int(os.environ.get("FUZZ_REQUESTS", "700")), 16
 POLICIES: list[dict[str, Any]] = [
@@ -34,6 +36,8 @@ FUZZED = pytest.mark.parametrize("server", ["fuzz-page1", "fuzz-page4"], indirec
 
 def random_request(rng: random.Random, index: int) -> dict[str, Any]:
     prefix = "shared system prompt " * rng.choice([0, 1, 4, 20])
+    if rng.random() < 0.1:  # Long, and nobody else's.
+        prefix = f"{index:06} " * rng.randint(1, LONGEST // 7 - 8)
     params = {
         "max_new_tokens": rng.choice([1, 2, rng.randint(3, 30), rng.randint(30, 110)]),
         "temperature": rng.choice([0.0, 1.0]),
@@ -95,9 +99,10 @@ def test_random_requests(server: Running) -> None:
     assert wait_idle(server)["preempted"] > 0
     report = server.server.kv_policy()
     assert report["rounds"] > 500
-    assert report["alias_hits"] > 30
+    assert report["alias_hits"] > 10
     log = server.server.log.read_text()
-    assert "#retracted_reqs: " in log
+    for reason in ("Testing retraction. ", "KV cache pool is full. Retract requests. "):
+        assert f"{reason}#retracted_reqs: " in log
     assert "memory leak" not in log
 
 
@@ -113,13 +118,12 @@ def test_outputs_longer_than_the_pool_survive_retraction(server: Running, reuse:
     """
     server.server.flush_cache()
     settings = {"budget": 40, "interval": 40, "reuse": reuse}
-    pool = int(FUZZ[FUZZ.index("--max-total-tokens") + 1])
     ask(server.probe)
-    asks = [Ask(tokens_of(f"{reuse} {n} Long"), pool + 200, settings, 1.0) for n in range(3)]
+    asks = [Ask(tokens_of(f"{reuse} {n} Long"), POOL + 200, settings, 1.0) for n in range(3)]
     answers = send_all(server, asks)
     report = ask(server.probe)
     for answer in answers:
-        assert len(answer.ids) == pool + 200
+        assert len(answer.ids) == POOL + 200
         assert len(report["resumed"].get(answer.rid, [])) == answer.meta["num_retractions"]
         assert answer.meta["kv_policy"]["resident_slots"] <= len(answer.ask.prompt) + 80 + 3
     assert sum(answer.meta["num_retractions"] for answer in answers) > 20

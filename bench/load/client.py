@@ -21,7 +21,7 @@ _BEGINS, _PAUSE_S = "Starting main benchmark run", 1.0  # It sleeps between its 
 
 
 class LoadFailed(RuntimeError):
-    """Requests failed, or the client did; the message says where its output is."""
+    """Requests failed, or the client did; the message ends with the path of its log."""
 
 
 class Client:
@@ -52,17 +52,21 @@ class Client:
         """Send the workload; returns what the client reports, and `began`, in Unix time.
 
         Raises:
-            LoadFailed: not all requests were answered.
+            LoadFailed: not all requests were answered, or the client gave up.
         """
         log, output = self._folder / "client.log", self._folder / "client.jsonl"
         arguments = [*workload.arguments, *self._arguments(url), "--output-file", str(output)]
         try:
             result = self._process.submit(_run, arguments, log).result()
-        except SystemExit as exit:
-            raise LoadFailed(f"SGLang's client gave up, see {log}") from exit
+        except (SystemExit, ValueError) as error:
+            raise LoadFailed(f"{workload.name}: SGLang's client gave up: {error}; {log}") from error
         if result["completed"] != workload.requests:
             errors = sorted({error for error in result["errors"] if error})
-            raise LoadFailed(f"{workload.name}: {errors or 'unanswered requests'}; see {log}")
+            raise LoadFailed(f"{workload.name}: {errors or 'unanswered requests'}; {log}")
+        # A refusal that comes as a stream of one error counts as an answer there.
+        silent = sum(not first_token for first_token in result["ttfts"])
+        if silent:
+            raise LoadFailed(f"{workload.name}: {silent} requests got no token")
         return result
 
     def _arguments(self, url: str) -> list[str]:
@@ -90,7 +94,7 @@ def _run(arguments: list[str], log: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(path.read_text().splitlines()[-1])
     path.unlink()
     if output.began is None:
-        raise LoadFailed(f"SGLang's client did not say when it began, see {log}")
+        raise LoadFailed(f"SGLang's client did not say when it began; {log}")
     return {**result, "began": output.began}
 
 

@@ -15,14 +15,16 @@ def draw(groups: list[list[Cell]], path: Path) -> None:
     """A row for each workload in each pool, a line for each arm's first run."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), 2, squeeze=False)
+    arms = list(dict.fromkeys(cell.first.arm for group in groups for cell in group))
     for (left, right), group in zip(axes, groups, strict=True):
         run = group[0].first
         left.set_title(f"{run.workload}, pool {run.pool}: running requests", fontsize="medium")
         right.set_title("output tokens per second", fontsize="medium")
         for cell in group:
             times, running, rates = zip(*cell.first.over_time, strict=True)
-            left.plot(times, running, label=cell.first.arm, linewidth=1.2)
-            right.plot(times, rates, label=cell.first.arm, linewidth=1.2)
+            style = {"color": f"C{arms.index(cell.first.arm)}", "linewidth": 1.2}
+            left.plot(times, running, **style)
+            right.plot(times, rates, **style, label=cell.first.arm)
         for side in (left, right):
             side.set(xlim=(0, None), ylim=(0, None))
     axes[0][1].legend(fontsize="small")
