@@ -21,7 +21,7 @@ class Arm:
 
 @contextmanager
 def running(
-    arms: Sequence[Arm], model: Path, folder: Path, on_wait: Callable[[], None]
+    arms: Sequence[Arm], model: Path, folder: Path, on_wait: Callable[[], object]
 ) -> Iterator[dict[str, Server]]:
     """The servers of `arms`, started at once, by name; their logs lie in `folder`."""
     with ExitStack() as stack:

@@ -80,7 +80,7 @@ class Server(Endpoint):
         arguments: Sequence[str],
         log: Path,
         environment: Mapping[str, str] | None = None,
-        on_wait: Callable[[], None] = lambda: None,
+        on_wait: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__(f"http://127.0.0.1:{free_port()}")
         self.log = log

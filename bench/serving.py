@@ -10,65 +10,84 @@ generated-shared-prefix and random workloads run, too.
 Beside each measured ratio stands what it would be if a decoding step took as long as reading the
 weights and the KV slots of its batch, at the batch sizes that were measured.
 
-Exit status 1 if the policy finds less in the prefix cache than production SGLang. Times are
-printed, and judged, but do not fail.
+All outputs have the length that was asked for. Without a radix cache SGLang reserves such outputs
+in full, whatever it estimates: "constrained" never takes in more than fit.
+
+Exit status 1 if reasoning finds less in the prefix cache than in production SGLang, or if a pool
+could not be measured. Times are printed, and judged, but do not fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
-from dataclasses import replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import requests
 from tqdm import tqdm
 
-from bench.load.arms import make_arms
-from bench.load.cells import cells
-from bench.load.client import Client
+from bench.load.cells import group
+from bench.load.client import Client, LoadFailed
 from bench.load.goals import judge
-from bench.load.presets import PRESETS, RICH, Preset
+from bench.load.presets import PRESETS, Preset
 from bench.load.report import report
 from bench.load.run import Run
-from bench.load.sweep import Sweep
+from bench.load.sweep import DoesNotFit, Sweep
 from bench.load.traffic import traffic_of
+from bench.server import ServerFailed
 from bench.tiny_tokenizer import write_printable_tokenizer
+
+# One pool's failure must not cost what other pools have shown.
+FAILURES = (
+    *(DoesNotFit, LoadFailed, ServerFailed, BrokenProcessPool),
+    requests.RequestException,
+)
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     preset = _chosen(arguments)
     folder = Path(tempfile.mkdtemp(prefix="sglang-tri-serving-"))
-    model = arguments.model_path or preset.make_model(folder / "model")
-    tokenizer = arguments.model_path or folder / "tokenizer"
-    if tokenizer != model:
+    if arguments.model_path:
+        model = tokenizer = arguments.model_path
+    else:
+        model, tokenizer = preset.make_model(folder / "model"), folder / "tokenizer"
         write_printable_tokenizer(tokenizer)
     traffic = traffic_of(model)
-    runs = _measure(preset, arguments, model, tokenizer, folder)
-    groups = cells(runs, traffic)
-    goals = judge(groups, preset.goal)
-    report(groups, goals, traffic, vars(arguments), arguments.output)
-    return 1 if any(goal.failed for goal in goals) else 0
-
-
-def _measure(
-    preset: Preset, arguments: argparse.Namespace, model: Path, tokenizer: Path, folder: Path
-) -> list[Run]:
-    runs = []
-    with tqdm(unit="run") as bar, Client(folder, tokenizer) as client:
-        side_by_side = preset.side_by_side
-        sweep = Sweep(
-            *(model, client, folder, side_by_side, arguments.repeats, bar.set_description),
-            on_wait=bar.refresh,
-        )
+    print(f"Logs: {folder}; runs, as they are measured: {_runs_file(arguments)}")
+    runs, failures = [], []
+    with tqdm(unit="run") as bar, Client(folder, model, tokenizer) as client:
+        sweep = Sweep(preset, arguments, model, client, folder, bar.set_description, bar.refresh)
         for pool in preset.pools():
-            clips = [] if pool.name == RICH else preset.clips
-            arms = make_arms(preset, pool.slots, clips, arguments.stats, arguments.server_arguments)
-            for run in sweep.measure(pool, arms):
-                runs.append(run)
-                bar.update()
-    return runs
+            try:
+                for run in sweep.measure(pool):
+                    runs.append(_kept(run, arguments))
+                    bar.update()
+            except FAILURES as error:
+                failures.append(f"pool {pool.name}: {error}")
+                tqdm.write(failures[-1])
+    groups = group(runs, traffic)
+    goals = judge(groups, preset.goal)
+    report(groups, goals, traffic, {**asdict(preset), **vars(arguments)}, arguments.output)
+    print(*failures, sep="\n")
+    return 1 if failures or any(goal.failed for goal in goals) else 0
+
+
+def _runs_file(arguments: argparse.Namespace) -> Path:
+    output: Path = arguments.output
+    return output.with_suffix(".jsonl")
+
+
+def _kept(run: Run, arguments: argparse.Namespace) -> Run:
+    """`run`, written down: the next one may fail."""
+    _runs_file(arguments).parent.mkdir(parents=True, exist_ok=True)
+    with _runs_file(arguments).open("a") as file:
+        print(json.dumps(asdict(run)), file=file)
+    return run
 
 
 def _chosen(arguments: argparse.Namespace) -> Preset:
@@ -81,6 +100,7 @@ def _chosen(arguments: argparse.Namespace) -> Preset:
             raise SystemExit(f"{flag} {' '.join(unknown)}: {arguments.preset} has {known}")
     return replace(
         preset,
+        server=[*preset.server, *([] if arguments.model_path else preset.own)],
         systems=arguments.systems or preset.systems,
         outputs=arguments.outputs or preset.outputs,
         clips=preset.clips if arguments.clips is None else arguments.clips,
@@ -100,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--outputs", type=int, nargs="+", help="output tokens")
     parser.add_argument("--clips", type=int, nargs="*", help="estimates of output tokens to try")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each workload")
-    parser.add_argument("--model-path", type=Path, help="default: the preset's own")
+    parser.add_argument("--model-path", type=Path, help="folder; default: the preset's own")
     parser.add_argument("--stats", default="auto", help="query statistics of that model")
     parser.add_argument("--output", type=Path, default=Path("results/serving.json"))
     parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
     from sglang_tri.aliases import AliasStore
@@ -23,6 +24,7 @@ class Active:
         aliases: compressed history that can be found again.
         think_end: token ids that end a model's thinking, or none.
         statistics: file of the query statistics in use, or None.
+        preempted: the requests that were preempted while the current batch was put together.
     """
 
     runtime: Runtime
@@ -30,6 +32,7 @@ class Active:
     aliases: AliasStore
     think_end: array[int]
     statistics: str | None = None
+    preempted: list[Req] = field(default_factory=list)
 
 
 _active: Active | None = None

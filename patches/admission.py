@@ -62,7 +62,7 @@ def _settings(req: Req) -> KvPolicyConfig | None:
 def reserve(
     original: Callable[..., Any], adder: PrefillAdder, req: Req, *args: Any, **kwargs: Any
 ) -> Any:
-    """AROUND add_one_req and others: a waiting request needs no more than budget + interval."""
+    """A waiting request needs no more than budget + interval."""
     state = adapter.state_of(req)
     if state is None:
         return original(adder, req, *args, **kwargs)
@@ -90,6 +90,28 @@ def cut_chunk(
         return adapter.try_later()
     with adapter.chunk_of(adder, most):
         return reserve(original, adder, req, *args, **kwargs)
+
+
+def preempt(
+    original: Callable[..., bool], adder: PrefillAdder, req: Req, *args: Any, **kwargs: Any
+) -> bool:
+    """AROUND preempt_to_schedule: the same for a request that displaces others."""
+    displaces: bool = reserve(original, adder, req, *args, **kwargs)
+    active.get().preempted = adder.preempt_list
+    return displaces
+
+
+def requeue_preempted(
+    result: tuple[Any, Any], scheduler: Scheduler, *args: Any, **kwargs: Any
+) -> None:
+    """AFTER _get_new_batch_prefill_raw: SGLang forgets whom it preempted if then nobody can run.
+
+    That happens where the prompt, which it counts only after it has preempted, does not fit.
+    """
+    preempted, active.get().preempted = active.get().preempted, []
+    if result[0] is None:
+        for req in preempted:
+            scheduler._add_request_to_queue(req)
 
 
 def reserve_running(original: Callable[..., float], adder: PrefillAdder, req: Req) -> float:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from bench.arms import Arm
 from bench.dummy_models import make_dummy
+from bench.load import sweep
 from bench.load.arms import CLIP_VARIABLE, CONSTRAINED, POLICY, PRODUCTION, make_arms
-from bench.load.cells import Cell, best_clip, cells
-from bench.load.client import Client, LoadFailed
+from bench.load.cells import Cell, Group, group
+from bench.load.client import Client, Load, LoadFailed
 from bench.load.goals import judge
 from bench.load.picture import draw
 from bench.load.presets import FULL, PRESETS, RICH
 from bench.load.report import group_table
 from bench.load.run import Run, measure
+from bench.load.sweep import DoesNotFit, Sweep
 from bench.load.traffic import Traffic, traffic_of
-from bench.load.workloads import reasoning, shared_prefix
+from bench.load.workloads import random_lengths, reasoning, shared_prefix
+from bench.server import STOCK_ENVIRONMENT
 from bench.tiny_models import make_model
 from bench.tiny_tokenizer import write_printable_tokenizer
 from tests.conftest import Running
@@ -28,17 +36,21 @@ from tests.setups import BUDGET, INTERVAL
 
 LARGE_VOCABULARY = 151936
 TINY, LARGE = PRESETS["tiny"], PRESETS["qwen3-8b"]
-RUN = Run(
-    arm=PRODUCTION,
-    pool="4",
-    workload="reasoning 10+20",
-    slots=100,
+LOAD = Load(
+    began=0.0,
     seconds=2.0,
     output_rate=50.0,
     request_rate=1.0,
     first_token=(0.1, 0.2, 0.3),
     between_tokens=(0.01, 0.02, 0.03),
     cached=30,
+)
+RUN = Run(
+    arm=PRODUCTION,
+    pool="4",
+    workload="reasoning 10+20",
+    slots=100,
+    load=LOAD,
     retracted=0,
     rounds=0,
     peak_slots=90,
@@ -53,7 +65,8 @@ BANDWIDTH = Traffic(weights=1000, slot=10, bandwidth=1e6)
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     folder = tmp_path_factory.mktemp("client")
     write_printable_tokenizer(folder / "tokenizer")
-    with Client(folder, folder / "tokenizer") as client:
+    model = make_model("qwen3", folder / "model")
+    with Client(folder, model, folder / "tokenizer") as client:
         yield client
 
 
@@ -65,23 +78,35 @@ def test_a_run(server: Running, client: Client) -> None:
     run = measure(client, server.server, workload, "arm", "pool", shares=True)
     assert (run.workload, run.arm, run.pool) == (workload.name, "arm", "pool")
     assert run.slots == 8192
-    assert run.output_rate * run.seconds == pytest.approx(requests * output)
-    assert run.request_rate * run.seconds == pytest.approx(requests)
+    assert run.load.output_rate * run.load.seconds == pytest.approx(requests * output)
+    assert run.load.request_rate * run.load.seconds == pytest.approx(requests)
     # The first request is known, from the client's warm-up, up to its last token.
     prompt = system + 2 + question
-    assert (requests - 1) * (system + 2) + prompt - 1 <= run.cached <= requests * (prompt - 1)
+    known = (requests - 1) * (system + 2) + prompt - 1
+    assert known <= run.load.cached <= requests * (prompt - 1)
     assert run.retracted == 0
     policy = server.setup.policy
-    assert (run.rounds >= requests * (output - BUDGET) // INTERVAL - requests) == policy
-    held = BUDGET + INTERVAL if policy else output
-    assert run.peak_slots <= system + requests * (2 + question + held) + 1
-    assert run.peak_slots >= system + requests * (2 + question + held) - requests * 20
+    rounds = (output - BUDGET - 1) // INTERVAL  # At the last token none is due any more.
+    assert run.rounds in ((requests * rounds, requests * (rounds - 1)) if policy else (0,))
+    most = BUDGET + INTERVAL if policy else output
+    held = system + requests * (2 + question + most)
+    assert held - 25 * requests <= run.peak_slots <= held + 1
     assert max(running for _, running, _ in run.over_time) == requests
     assert 1 <= run.running <= requests
-    assert run.read > run.running * prompt
-    assert all(0 <= time <= run.seconds + 1 for time, _, _ in run.over_time)
-    assert 0 < run.first_token[0] <= run.first_token[-1] < run.seconds
-    assert 0 < run.between_tokens[0] <= run.between_tokens[-1] < run.seconds
+    # On average a request holds its prompt and half of its output, or most of its budget.
+    low, high = (BUDGET // 2, most) if policy else (output / 3, 2 * output / 3)
+    assert run.running * (prompt + low) <= run.read <= run.running * (prompt + high)
+    assert all(0 <= time <= run.load.seconds + 1 for time, _, _ in run.over_time)
+    assert 0 < run.load.first_token[0] <= run.load.first_token[-1] < run.load.seconds
+    assert 0 < run.load.between_tokens[0] <= run.load.between_tokens[-1] < run.load.seconds
+
+
+@pytest.mark.parametrize("server", ["stock"], indirect=True)
+def test_random_prompts_share_little(server: Running, client: Client) -> None:
+    workload = random_lengths(6, prompt=200, output=40)
+    run = measure(client, server.server, workload, "arm", "pool", shares=True)
+    assert run.load.cached < 400
+    assert run.read <= run.peak_slots
 
 
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
@@ -133,75 +158,135 @@ def test_pools_have_room_for_as_many_as_they_are_named_for() -> None:
     assert [len(pool.workloads) for pool in pools] == [1, 1, 1, 1, 3]
     assert all(pool.workloads[0].requests == TINY.sent[pool.name] for pool in pools)
     large = LARGE.pools()
-    assert len(large) == 2 * 2 * len(LARGE.sent)
-    assert [pool.slots for pool in large if pool.name == FULL] == [None] * 4
+    assert [pool.name for pool in large] == [*LARGE.sent]
+    assert [pool.slots for pool in large if pool.name == FULL] == [None]
+    assert len(replace(LARGE, systems=[1, 2], outputs=[3, 4]).pools()) == 4 * len(LARGE.sent)
 
 
 def test_arms_have_the_same_pool() -> None:
-    arms = make_arms(TINY, 1000, [64], "auto", ["--page-size", "4"])
-    assert [arm.name for arm in arms] == [PRODUCTION, "clip 64", CONSTRAINED, POLICY]
-    stock = arms[0].arguments
-    assert all(arm.arguments[: len(stock)] == stock for arm in arms)
-    assert "--page-size" in stock
-    assert arms[1].environment == {**arms[0].environment, CLIP_VARIABLE: "64"}
-    assert arms[3].environment == {}
+    """And differ in nothing but what they are named for."""
+    arms = make_arms(TINY, 1000, [64], "file", ["--page-size", "4"])
+    common = arms[0].arguments
+    pairs = dict(zip(common[::2], common[1::2], strict=False))
+    assert (pairs["--max-total-tokens"], pairs["--max-running-requests"]) == ("1000", "64")
+    assert "--page-size" in common
+    policy = ["--kv-policy", POLICY, "--kv-stats", "file", "--kv-budget", str(TINY.budget)]
+    policy += ["--kv-interval", str(TINY.interval)]
+    clip = {**STOCK_ENVIRONMENT, CLIP_VARIABLE: "64"}
+    plain = ["--disable-radix-cache", "--disable-overlap-schedule"]
+    assert arms == [
+        Arm(PRODUCTION, common, STOCK_ENVIRONMENT),
+        Arm("clip 64", common, clip),
+        Arm(CONSTRAINED, [*common, *plain], STOCK_ENVIRONMENT),
+        Arm(POLICY, [*common, *policy]),
+    ]
     assert "--max-total-tokens" not in make_arms(LARGE, None, [], "auto", [])[0].arguments
 
 
-def test_cells_are_medians_beside_production() -> None:
-    policy = replace(RUN, arm=POLICY, running=16.0, read=400.0)
-    speeds = [
-        (RUN, 40.0),
-        (RUN, 50.0),
+def with_rate(run: Run, rate: float) -> Run:
+    return replace(run, load=replace(run.load, output_rate=rate))
+
+
+def test_groups_are_medians_beside_production() -> None:
+    """Also where memory decided, and the arms' pools differ a little."""
+    policy = replace(RUN, arm=POLICY, running=16.0, read=400.0, slots=99)
+    rates = [
         (policy, 100.0),
+        (RUN, 40.0),
         (RUN, 90.0),
         (policy, 150.0),
+        (RUN, 50.0),
         (policy, 110.0),
     ]
-    runs = [replace(run, output_rate=rate) for run, rate in speeds]
-    other = replace(RUN, workload="random 1+1")
-    (stock, ours), (alone,) = cells([*runs[::-1], other], BANDWIDTH)
-    assert (stock.first.arm, stock.ratio, stock.allowed) == (PRODUCTION, 1.0, 1.0)
-    assert ours.ratio == 110 / 50
+    lonely = replace(RUN, workload="random 1+1")
+    (found,) = group([*(with_rate(run, rate) for run, rate in rates), lonely], BANDWIDTH)
+    stock, ours = found.cells
+    assert (stock.arm, stock.ratio, stock.allowed) == (PRODUCTION, 1.0, 1.0)
+    assert (ours.arm, ours.ratio, ours.rate) == (POLICY, 110 / 50, 110.0)
+    assert ours.limit == 16 * 1e6 / 5000
     assert ours.allowed == pytest.approx((16 / 5000) / (4 / 3000))
-    assert alone.first.workload == "random 1+1"
-    assert best_clip([stock, ours]) is None
+    assert found.best_stock is stock
 
 
-def group(ratio: float, cached: int, pool: str, workload: str = RUN.workload) -> list[Cell]:
+def made(
+    ratio: float, cached: int, pool: str, share: float = 0.7, name: str = RUN.workload
+) -> Group:
+    """A group whose production reaches this share of its limit."""
     arms = {
         PRODUCTION: (1.0, 30),
         "clip 9": (1.5, 30),
-        "clip 8": (1.2, 30),
+        "clip 8": (0.9, 30),
         POLICY: (ratio, cached),
     }
-    return [
-        Cell([replace(RUN, arm=arm, cached=hits, pool=pool, workload=workload)], speed, 2.0)
-        for arm, (speed, hits) in arms.items()
-    ]
+    cells = []
+    for arm, (speed, hits) in arms.items():
+        load = replace(LOAD, cached=hits)
+        run = replace(RUN, arm=arm, load=load, pool=pool, workload=name)
+        cells.append(Cell([run], speed, LOAD.output_rate / share, 2.0))
+    return Group(cells)
 
 
 def test_goals() -> None:
-    verdicts = [goal.met for goal in judge([group(1.7, 30, "4")], least=1.2)]
-    assert verdicts == [True, True, True]
-    missed = judge([group(1.1, 29, "4")], least=1.2)
-    assert [goal.met for goal in missed] == [False, False, False]
-    assert [goal.failed for goal in missed] == [False, False, True]
-    assert [goal.met for goal in judge([group(0.98, 30, RICH)], 1.2)] == [True, True]
-    assert [goal.met for goal in judge([group(0.97, 31, RICH)], 1.2)] == [False, True]
-    assert [goal.met for goal in judge([group(1.0, 0, RICH, "random 1+1")], 1.2)] == [True]
-    assert not judge([group(0.5, 0, "4", "random 1+1")], 1.2)
+    def verdicts(group: Group) -> list[bool | None]:
+        return [goal.met for goal in judge([group], least=1.2)]
+
+    assert verdicts(made(1.7, 30, "4")) == [True, True, True]
+    assert verdicts(made(1.1, 29, "4")) == [False, False, False]
+    assert verdicts(made(1.1, 30, "4", share=0.1)) == [False, None, True]
+    assert verdicts(made(0.98, 30, RICH)) == [True, True]
+    assert verdicts(made(0.97, 31, RICH)) == [False, True]
+    assert verdicts(made(1.0, 0, RICH, name="random 1+1")) == [True]
+    assert verdicts(made(0.5, 0, "4", name="random 1+1")) == []
+    assert [goal.failed for goal in judge([made(1.1, 29, "4")], 1.2)] == [False, False, True]
 
 
-def test_table_and_picture(tmp_path: Path) -> None:
-    shown = group(3.0, 30, "4")
+def test_table_and_picture() -> None:
+    shown = made(3.0, 30, "4")
     text = group_table(shown)
     assert "50 (50-50)" in text
+    assert "70.0%" in text
     assert "0.10/0.20/0.30 s" in text
     assert "10/20/30 ms" in text
-    assert "to the best clip (clip 9): 2.00 x" in text
-    draw([shown, shown], tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert "to the best stock arm (clip 9): 2.00 x" in text
+    figure = draw([shown, shown])
+    assert [len(axes.get_lines()) for axes in figure.axes] == [4, 4, 4, 4]
+    assert [list(line.get_ydata()) for line in figure.axes[1].get_lines()] == [[50.0, 40.0]] * 4
+    assert list(figure.axes[0].get_lines()[0].get_xdata()) == [0.0, 1.0]
+
+
+def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: every arm alone, the other way round the second time; memory gives the pool."""
+    room, events = 500, []
+
+    class FakeServer:
+        def internal_state(self) -> dict[str, Any]:
+            return {"memory_usage": {"token_capacity": room}}
+
+        def generate(self, **body: Any) -> None:
+            assert body["sampling_params"]["max_new_tokens"] > LARGE.budget + LARGE.interval
+
+    @contextmanager
+    def start(arms: list[Arm], *_: Any) -> Iterator[dict[str, FakeServer]]:
+        (arm,) = arms
+        pairs = list(pairwise(arm.arguments))
+        events.append((arm.name, [size for flag, size in pairs if flag == "--max-total-tokens"]))
+        yield {arm.name: FakeServer()}
+
+    monkeypatch.setattr(sweep, "running", start)
+    monkeypatch.setattr(sweep, "measure", lambda *sent: sent[2:])
+    preset = replace(LARGE, clips=[7], sent={FULL: 3, "4": 2})
+    arguments = argparse.Namespace(repeats=2, stats="auto", server_arguments=[])
+    fake: Any = None
+    full, four = preset.pools()
+    measured = Sweep(preset, arguments, tmp_path, fake, tmp_path, len, list)
+    runs = list(measured.measure(full))
+    names = [PRODUCTION, "clip 7", CONSTRAINED, POLICY]
+    assert events == [(PRODUCTION, []), *((name, ["500"]) for name in [*names, *names[::-1]])]
+    assert [run[1:] for run in runs] == [
+        (name, FULL, name != CONSTRAINED) for name in [*names, *names[::-1]]
+    ]
+    with pytest.raises(DoesNotFit, match=f"room for 500 slots, not for {four.slots}"):
+        list(measured.measure(four))
 
 
 def test_a_workload_in_the_words_of_the_client() -> None:
@@ -211,3 +296,12 @@ def test_a_workload_in_the_words_of_the_client() -> None:
     pairs = dict(zip(workload.arguments[::2], workload.arguments[1::2], strict=True))
     assert pairs["--gsp-num-groups"] == "2"
     assert pairs["--gsp-prompts-per-group"] == "3"
+    assert workload.output == 6 * 5
+
+
+def test_what_requests_share_is_read_again_for_each() -> None:
+    assert reasoning(9, 100, 1, 1).read_twice(5) == 400
+    assert random_lengths(9, 100, 1).read_twice(5) == 0
+    halves = shared_prefix("name", 2, 9, system=100, question=1, output=1)
+    assert halves.read_twice(1) == 0
+    assert halves.read_twice(2) == pytest.approx(50)  # They are of one group half of the time.

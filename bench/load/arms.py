@@ -32,10 +32,7 @@ def make_arms(
     plain = ["--disable-radix-cache", "--disable-overlap-schedule"]
     return [
         Arm(PRODUCTION, common, STOCK_ENVIRONMENT),
-        *(
-            Arm(f"{CLIPPED}{c}", common, {**STOCK_ENVIRONMENT, CLIP_VARIABLE: str(c)})
-            for c in clips
-        ),
+        *(_clipped(common, tokens) for tokens in clips),
         Arm(CONSTRAINED, [*common, *plain], STOCK_ENVIRONMENT),
         Arm(POLICY, [*common, *policy]),
     ]

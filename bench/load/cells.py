@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from bench.load.arms import CLIPPED, PRODUCTION
+from bench.load.arms import CLIPPED, POLICY, PRODUCTION
 from bench.load.run import Run
 from bench.load.traffic import Traffic
 
@@ -17,46 +17,81 @@ class Cell:
 
     Attributes:
         ratio: its output tokens/s to production SGLang's.
-        allowed: what that would be if both only waited for bytes.
+        limit: output tokens/s if a step only waited for its bytes.
+        allowed: that limit to production SGLang's.
     """
 
     runs: list[Run]
     ratio: float
+    limit: float
     allowed: float
 
     @property
     def first(self) -> Run:
         return self.runs[0]
 
+    @property
+    def arm(self) -> str:
+        return self.first.arm
+
+    @property
+    def rate(self) -> float:
+        """Output tokens per second."""
+        return self.median(lambda run: run.load.output_rate)
+
+    @property
+    def share(self) -> float:
+        """Of its limit."""
+        return self.rate / self.limit
+
     def median(self, figure: Callable[[Run], float]) -> float:
         return median(map(figure, self.runs))
 
 
-def cells(runs: Iterable[Run], traffic: Traffic) -> list[list[Cell]]:
-    """The cells of each workload in each pool, in the order of the runs; production's first."""
-    groups: dict[tuple[str, str, int], dict[str, list[Run]]] = {}
+@dataclass(frozen=True)
+class Group:
+    """The arms of one workload in one pool, production first, the policy last."""
+
+    cells: list[Cell]
+
+    @property
+    def production(self) -> Cell:
+        return self.cells[0]
+
+    @property
+    def policy(self) -> Cell:
+        return self.cells[-1]
+
+    @property
+    def best_stock(self) -> Cell:
+        """The fastest of production SGLang, whatever its estimate of output lengths."""
+        stock = (c for c in self.cells if c.arm == PRODUCTION or c.arm.startswith(CLIPPED))
+        return max(stock, key=lambda cell: cell.ratio)
+
+
+def group(runs: Iterable[Run], traffic: Traffic) -> list[Group]:
+    """The groups that are complete, in the order of the runs."""
+    found: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for run in runs:
-        group = groups.setdefault((run.workload, run.pool, run.slots), {})
-        group.setdefault(run.arm, []).append(run)
-    return [_compare(group, traffic) for group in groups.values()]
+        arms = found.setdefault((run.workload, run.pool), {})
+        arms.setdefault(run.arm, []).append(run)
+    complete = (arms for arms in found.values() if {PRODUCTION, POLICY} <= set(arms))
+    return [_compare(arms, traffic) for arms in complete]
 
 
-def best_clip(group: list[Cell]) -> Cell | None:
-    """The fastest arm with an estimate of its own; None if there is none."""
-    clipped = [cell for cell in group if cell.first.arm.startswith(CLIPPED)]
-    return max(clipped, key=lambda cell: cell.ratio, default=None)
+def _compare(arms: dict[str, list[Run]], traffic: Traffic) -> Group:
+    def rate(runs: list[Run]) -> float:
+        return median(run.load.output_rate for run in runs)
 
-
-def _compare(group: dict[str, list[Run]], traffic: Traffic) -> list[Cell]:
-    def speed(runs: list[Run]) -> float:
-        return median(run.output_rate for run in runs)
-
-    def allowed(runs: list[Run]) -> float:
+    def limit(runs: list[Run]) -> float:
         running, read = (fmean(getattr(run, name) for run in runs) for name in ("running", "read"))
         return traffic.tokens_per_second(running, read)
 
-    stock = group[PRODUCTION]
-    return [
-        Cell(runs, speed(runs) / speed(stock), allowed(runs) / allowed(stock))
-        for _, runs in sorted(group.items(), key=lambda item: item[0] != PRODUCTION)
-    ]
+    stock = arms[PRODUCTION]
+    ordered = sorted(arms, key=lambda arm: (arm == POLICY) - (arm == PRODUCTION))
+    return Group(
+        [
+            Cell(runs, rate(runs) / rate(stock), limit(runs), limit(runs) / limit(stock))
+            for runs in map(arms.__getitem__, ordered)
+        ]
+    )

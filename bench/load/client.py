@@ -8,16 +8,44 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from io import TextIOBase
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import numpy as np
+
 from bench.load.workloads import Workload
 
+PERCENTILES = (50, 95, 99)
 MODULE = "sglang.benchmark.serving"
 _BEGINS, _PAUSE_S = "Starting main benchmark run", 1.0  # It sleeps between its warm-up and the run.
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the client saw.
+
+    Attributes:
+        began: Unix time of the first request.
+        seconds: from then to the last token.
+        output_rate: output tokens per second.
+        request_rate: requests per second.
+        first_token: seconds to the first token, p50, p95 and p99.
+        between_tokens: seconds between tokens, p50, p95 and p99. The client spreads the time
+            between two chunks evenly over the tokens that come with one.
+        cached: prompt tokens that were not computed.
+    """
+
+    began: float
+    seconds: float
+    output_rate: float
+    request_rate: float
+    first_token: tuple[float, ...]
+    between_tokens: tuple[float, ...]
+    cached: int
 
 
 class LoadFailed(RuntimeError):
@@ -29,11 +57,12 @@ class Client:
 
     Args:
         folder: for its log, its results and its home: SGLang's client keeps prompts there.
-        tokenizer: folder of the tokenizer that it draws prompts with.
+        model: folder of the model that is served; prompts of ids are drawn from its vocabulary.
+        tokenizer: folder of the tokenizer that prompts of text are drawn with.
     """
 
-    def __init__(self, folder: Path, tokenizer: Path) -> None:
-        self._folder, self._tokenizer = folder, tokenizer
+    def __init__(self, folder: Path, model: Path, tokenizer: Path) -> None:
+        self._folder, self._model, self._tokenizer = folder, model, tokenizer
         context = get_context("spawn")
         self._process = ProcessPoolExecutor(1, context, initializer=_live_in, initargs=(folder,))
 
@@ -48,54 +77,69 @@ class Client:
     ) -> None:
         self._process.shutdown(cancel_futures=True)
 
-    def run(self, url: str, workload: Workload) -> dict[str, Any]:
-        """Send the workload; returns what the client reports, and `began`, in Unix time.
+    def run(self, url: str, workload: Workload) -> Load:
+        """Send the workload.
 
         Raises:
             LoadFailed: not all requests were answered, or the client gave up.
         """
         log, output = self._folder / "client.log", self._folder / "client.jsonl"
-        arguments = [*workload.arguments, *self._arguments(url), "--output-file", str(output)]
+        tokenizer = self._tokenizer if workload.as_text else self._model
+        arguments = [*workload.arguments, "--backend", "sglang", "--base-url", url]
+        arguments += ["--tokenizer", str(tokenizer), "--output-file", str(output)]
+        arguments += ["--cache-report", "--output-details", "--disable-tqdm"]
         try:
-            result = self._process.submit(_run, arguments, log).result()
+            load: Load = self._process.submit(_run, arguments, output, log, workload).result()
         except (SystemExit, ValueError) as error:
             raise LoadFailed(f"{workload.name}: SGLang's client gave up: {error}; {log}") from error
-        if result["completed"] != workload.requests:
-            errors = sorted({error for error in result["errors"] if error})
-            raise LoadFailed(f"{workload.name}: {errors or 'unanswered requests'}; {log}")
-        # A refusal that comes as a stream of one error counts as an answer there.
-        silent = sum(not first_token for first_token in result["ttfts"])
-        if silent:
-            raise LoadFailed(f"{workload.name}: {silent} requests got no token")
-        return result
-
-    def _arguments(self, url: str) -> list[str]:
-        return [
-            *("--backend", "sglang", "--base-url", url),
-            *("--tokenizer", str(self._tokenizer)),
-            *("--cache-report", "--output-details", "--disable-tqdm"),
-        ]
+        return load
 
 
 def _live_in(folder: Path) -> None:
     os.environ["HOME"] = str(folder)
 
 
-def _run(arguments: list[str], log: Path) -> dict[str, Any]:
+def _run(arguments: list[str], output: Path, log: Path, workload: Workload) -> Load:
+    """In the client's process."""
     from sglang.benchmark.serving import cli_main
 
     sys.argv = [MODULE, *arguments]
     with log.open("a") as file:
         print("python -m", *sys.argv, file=file)
-        output = _Watched(file)
-        with redirect_stdout(output), redirect_stderr(file):
+        watched = _Watched(file)
+        with redirect_stdout(watched), redirect_stderr(file):
             cli_main()
-    path = Path(arguments[-1])
-    result: dict[str, Any] = json.loads(path.read_text().splitlines()[-1])
-    path.unlink()
-    if output.began is None:
+    result: dict[str, Any] = json.loads(output.read_text())
+    output.unlink()
+    _check(result, workload, log)
+    if watched.began is None:
         raise LoadFailed(f"SGLang's client did not say when it began; {log}")
-    return {**result, "began": output.began}
+    return Load(
+        began=watched.began,
+        seconds=result["duration"],
+        output_rate=result["output_throughput"],
+        request_rate=result["request_throughput"],
+        first_token=_percentiles(result["ttfts"]),
+        between_tokens=_percentiles([gap for gaps in result["itls"] for gap in gaps]),
+        cached=sum(result["cached_tokens"]),
+    )
+
+
+def _check(result: dict[str, Any], workload: Workload, log: Path) -> None:
+    if result["completed"] != workload.requests:
+        errors = sorted({error for error in result["errors"] if error})
+        raise LoadFailed(f"{workload.name}: {errors or 'unanswered requests'}; {log}")
+    # A refusal that comes as a stream of one error counts as an answer there.
+    silent = sum(not first_token for first_token in result["ttfts"])
+    if silent:
+        raise LoadFailed(f"{workload.name}: {silent} requests got no token; {log}")
+    written = result["total_output_tokens"]
+    if workload.output not in (None, written):
+        raise LoadFailed(f"{workload.name}: {written} output tokens, not {workload.output}; {log}")
+
+
+def _percentiles(values: list[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in np.percentile(values, PERCENTILES))
 
 
 class _Watched(TextIOBase):

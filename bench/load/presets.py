@@ -36,6 +36,7 @@ class Preset:
     Attributes:
         make_model: fills a folder with a model.
         server: arguments for all servers.
+        own: further ones for servers of the model that `make_model` makes.
         most: `--max-running-requests`.
         budget, interval: of the policy.
         clips: values of SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION to try.
@@ -51,6 +52,7 @@ class Preset:
 
     make_model: Callable[[Path], Path]
     server: list[str]
+    own: list[str]
     most: int
     budget: int
     interval: int
@@ -82,6 +84,7 @@ PRESETS = {
     "tiny": Preset(
         make_model=lambda folder: make_model("qwen3", folder),
         server=["--stream-interval", "8"],
+        own=[],
         most=64,
         budget=48,
         interval=24,
@@ -100,15 +103,16 @@ PRESETS = {
     ),
     "qwen3-8b": Preset(
         make_model=lambda folder: make_dummy("qwen3-8b", folder),
-        server=["--load-format", "dummy", "--attention-backend", "flashinfer"],
+        server=["--stream-interval", "16", "--attention-backend", "flashinfer"],
+        own=["--load-format", "dummy"],
         most=256,
         budget=2048,
         interval=128,
-        clips=[1024, 2048],
-        systems=[1024, 4096],
-        outputs=[16384, 32768],
+        clips=[1024, 8192],
+        systems=[1024],
+        outputs=[16384],
         question=128,
-        sent={"4": 48, "8": 96, "16": 160, "32": 256, RICH: 32, FULL: 256},
+        sent={"4": 24, "8": 48, "16": 80, "32": 128, RICH: 24, FULL: 192},
         others=[
             shared_prefix("shared prefix", 16, 16, system=2048, question=128, output=256),
             random_lengths(256, prompt=1024, output=1024),

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from bench.load.client import Client
+from bench.load.client import Client, Load, LoadFailed
 from bench.load.timeline import Timeline
 from bench.load.workloads import Workload
 from bench.server import Server
 
-PERCENTILES = (50, 95, 99)
-ROUNDS = "rounds"
+POINTS = 300  # Kept of what is seen over time.
 
 
 @dataclass(frozen=True)
@@ -24,15 +21,10 @@ class Run:
     Attributes:
         arm, pool, workload: names.
         slots: size of the pool.
-        seconds: from the first request sent to the last token.
-        output_rate: output tokens per second.
-        request_rate: requests per second.
-        first_token: seconds to the first token, p50, p95 and p99.
-        between_tokens: seconds between tokens, p50, p95 and p99.
-        cached: prompt tokens that were not computed.
+        load: what the client saw.
         retracted: how often a request was retracted.
         rounds: rounds of the policy.
-        peak_slots: most KV slots in use.
+        peak_slots: most KV slots that running requests held, in the log's decoding steps.
         running: requests in a decoding step, on average.
         read: KV slots that a decoding step reads, on average; shared ones once for each request.
         over_time: seconds since the begin, running requests and tokens per second.
@@ -42,12 +34,7 @@ class Run:
     pool: str
     workload: str
     slots: int
-    seconds: float
-    output_rate: float
-    request_rate: float
-    first_token: tuple[float, ...]
-    between_tokens: tuple[float, ...]
-    cached: int
+    load: Load
     retracted: int
     rounds: int
     peak_slots: int
@@ -61,41 +48,42 @@ def measure(
 ) -> Run:
     """Empty the cache, send the workload.
 
+    The client warms up with the first prompt, which stays in a radix cache: its system prompt is
+    known from the beginning.
+
     Args:
         arm, pool: names, for the result.
         shares: whether requests share the slots of their system prompt.
+
+    Raises:
+        LoadFailed: something is missing that the result would be wrong without.
     """
-    server.flush_cache()
+    if not server.flush_cache():
+        raise LoadFailed(f"{arm}: the cache could not be emptied; {server.log}")
     before = server.internal_state()
     with Timeline(server.log) as timeline:
-        result = client.run(server.url, workload)
+        load = client.run(server.url, workload)
     after = server.internal_state()
-    samples = [sample for sample in timeline.samples if sample.time >= result["began"]]
+    samples = [sample for sample in timeline.samples if sample.time >= load.began]
+    if not samples:
+        raise LoadFailed(f"{arm}: too few decoding steps to see any in the log; {server.log}")
     lines = [sample.line for sample in samples]
-    extra = workload.shared if shares else 0
+    again = workload.read_twice if shares else lambda running: 0.0
+    thinned = samples[:: -(-len(samples) // POINTS)]
     return Run(
         arm=arm,
         pool=pool,
         workload=workload.name,
         slots=after["memory_usage"]["token_capacity"],
-        seconds=result["duration"],
-        output_rate=result["output_throughput"],
-        request_rate=result["request_throughput"],
-        first_token=_percentiles(result["ttfts"]),
-        between_tokens=_percentiles([gap for gaps in result["itls"] for gap in gaps]),
-        cached=sum(result["cached_tokens"]),
+        load=load,
         retracted=timeline.retracted,
         rounds=_rounds(after) - _rounds(before),
         peak_slots=max(line.slots for line in lines),
         running=fmean(line.running for line in lines),
-        read=fmean(x.slots + extra * max(0, x.running - workload.groups) for x in lines),
-        over_time=[(s.time - result["began"], s.line.running, s.line.throughput) for s in samples],
+        read=fmean(line.slots + again(line.running) for line in lines),
+        over_time=[(s.time - load.began, s.line.running, s.line.throughput) for s in thinned],
     )
 
 
 def _rounds(state: dict[str, Any]) -> int:
-    return int(state["kv_policy"][ROUNDS]) if "kv_policy" in state else 0
-
-
-def _percentiles(values: list[float]) -> tuple[float, ...]:
-    return tuple(float(value) for value in np.percentile(values, PERCENTILES))
+    return int(state["kv_policy"]["rounds"]) if "kv_policy" in state else 0

@@ -1,76 +1,117 @@
-"""All workloads on all arms in pools of several sizes."""
+"""The workloads of a pool on all arms, again and again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from bench.arms import Arm, running
-from bench.load.arms import CONSTRAINED
+from bench.load.arms import CONSTRAINED, make_arms
 from bench.load.client import Client
-from bench.load.presets import Pool
+from bench.load.presets import RICH, Pool, Preset
 from bench.load.run import Run, measure
 from bench.server import Server
 
+FITS = 0.99  # Of a pool: SGLang rounds to pages.
 T = TypeVar("T")
 
 
-class Sweep:
-    """Measures pool after pool.
+class DoesNotFit(RuntimeError):
+    """The device has no memory for a pool of this size; the message says how much there is."""
 
-    Args:
+
+@dataclass(frozen=True)
+class Sweep:
+    """Measures pools.
+
+    Attributes:
+        preset: the sizes of everything.
+        arguments: `repeats`, `stats` and `server_arguments`.
         model: its folder.
         client: sends the load.
         folder: for the servers' logs.
-        side_by_side: whether all servers of a pool stand at once.
-        repeats: how often each workload is sent to each arm.
         progress: called with a line of text before each step.
         on_wait: called while servers start.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        client: Client,
-        folder: Path,
-        side_by_side: bool,
-        repeats: int,
-        progress: Callable[[str], None],
-        on_wait: Callable[[], None],
-    ) -> None:
-        self._model, self._client, self._folder = model, client, folder
-        self._side_by_side, self._repeats = side_by_side, repeats
-        self._progress, self._on_wait = progress, on_wait
+    preset: Preset
+    arguments: argparse.Namespace
+    model: Path
+    client: Client
+    folder: Path
+    progress: Callable[[str], object]
+    on_wait: Callable[[], object]
 
-    def measure(self, pool: Pool, arms: list[Arm]) -> Iterator[Run]:
-        """Each workload on each arm, `repeats` times, every other time the other way round."""
-        folder = self._folder / f"{pool.workloads[0].name}, {pool.name}".replace(" ", "-")
-        folder.mkdir()
-        if self._side_by_side:
-            with self._running(arms, folder, pool) as servers:
-                for number in range(self._repeats):
-                    yield from self._send_all(pool, servers, number)
+    def measure(self, pool: Pool) -> Iterator[Run]:
+        """Each workload on each arm, `repeats` times, every other time the other way round.
+
+        Raises:
+            DoesNotFit: the device is too small.
+            LoadFailed: the load was not served.
+            ServerFailed: a server ended, or was not ready in time.
+        """
+        slots = pool.slots or self._capacity(pool)
+        arms = self._arms(pool, slots)
+        repeats = range(self.arguments.repeats)
+        if self.preset.side_by_side:
+            with self._running(pool, arms, 0) as servers:
+                for number in repeats:
+                    yield from self._send_all(pool, slots, servers, number)
             return
-        for number in range(self._repeats):
+        for number in repeats:
             for arm in _turned(arms, number):
-                with self._running([arm], folder, pool) as servers:
-                    yield from self._send_all(pool, servers, number)
+                with self._running(pool, [arm], number) as servers:
+                    yield from self._send_all(pool, slots, servers, number)
+
+    def _arms(self, pool: Pool, slots: int | None) -> list[Arm]:
+        clips = [] if pool.name == RICH else self.preset.clips
+        arguments = self.arguments
+        return make_arms(self.preset, slots, clips, arguments.stats, arguments.server_arguments)
+
+    def _capacity(self, pool: Pool) -> int:
+        """Slots that production SGLang has if memory decides: all arms get as many."""
+        production = self._arms(pool, None)[0]
+        with self._running(pool, [production], 0) as servers:
+            return _slots(servers[production.name])
 
     def _running(
-        self, arms: list[Arm], folder: Path, pool: Pool
+        self, pool: Pool, arms: Sequence[Arm], number: int
     ) -> AbstractContextManager[dict[str, Server]]:
-        self._progress(f"pool {pool.name}: starting {', '.join(arm.name for arm in arms)}")
-        return running(arms, self._model, folder, self._on_wait)
+        self.progress(f"pool {pool.name}: starting {', '.join(arm.name for arm in arms)}")
+        name = f"{pool.workloads[0].name} pool {pool.name} run {number + 1}"
+        folder = self.folder / name.replace(" ", "-")
+        folder.mkdir(exist_ok=True)
+        return running(arms, self.model, folder, self.on_wait)
 
-    def _send_all(self, pool: Pool, servers: dict[str, Server], number: int) -> Iterator[Run]:
+    def _send_all(
+        self, pool: Pool, slots: int, servers: dict[str, Server], number: int
+    ) -> Iterator[Run]:
+        for name, server in servers.items():
+            if _slots(server) < FITS * slots:
+                raise DoesNotFit(f"{name} has room for {_slots(server)} slots, not for {slots}")
+            if not number or not self.preset.side_by_side:
+                self._warm_up(server)
         for workload in pool.workloads:
             for name in _turned(list(servers), number):
-                self._progress(f"pool {pool.name}: {workload.name}, {name}")
+                self.progress(f"pool {pool.name}: {workload.name}, {name}")
                 shares = name != CONSTRAINED
-                yield measure(self._client, servers[name], workload, name, pool.name, shares)
+                yield measure(self.client, servers[name], workload, name, pool.name, shares)
+
+    def _warm_up(self, server: Server) -> None:
+        """Let the server do everything once, a round too."""
+        tokens = self.preset.budget + 2 * self.preset.interval
+        sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
+        server.generate(text="Warm up.", sampling_params=sampling)
 
 
-def _turned(items: list[T], number: int) -> list[T]:
+def _slots(server: Server) -> int:
+    slots: int = server.internal_state()["memory_usage"]["token_capacity"]
+    return slots
+
+
+def _turned(items: Sequence[T], number: int) -> Sequence[T]:
     return items[::-1] if number % 2 else items

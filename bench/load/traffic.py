@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one decoding step has to read.
+    """What one decoding step has to read. (What rounds read and move is not counted.)
 
     Attributes:
         weights: bytes of the weights, read once a step.
@@ -44,7 +46,10 @@ def traffic_of(model: Path) -> Traffic:
         parameters -= network.get_input_embeddings().weight.numel()  # A step reads a few rows.
     heads = config.num_key_value_heads * config.head_dim
     slot = 2 * config.num_hidden_layers * heads * item
-    return Traffic(parameters * item, slot, copy_bandwidth())
+    # In a process of its own: memory that torch keeps on a GPU would be missing in the servers.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        bandwidth = process.submit(copy_bandwidth).result()
+    return Traffic(parameters * item, slot, bandwidth)
 
 
 def copy_bandwidth() -> float:

@@ -17,7 +17,9 @@ class Workload:
         requests: how many.
         groups: system prompts, each shared by as many requests; 0 if nothing is shared.
         shared: tokens of a system prompt.
-        private: tokens of question and output.
+        private: tokens of question and output, at the most.
+        output: tokens of all outputs together; None if they are drawn.
+        as_text: whether prompts are sent as text; else as ids of the model's vocabulary.
     """
 
     name: str
@@ -26,10 +28,19 @@ class Workload:
     groups: int
     shared: int
     private: int
+    output: int | None
+    as_text: bool = True
 
     def pool_for(self, concurrency: int) -> int:
         """KV slots in which `concurrency` such requests fit to the last token."""
         return self.groups * self.shared + concurrency * self.private
+
+    def read_twice(self, running: int) -> float:
+        """Slots that a step reads again, because `running` requests share them."""
+        if not self.groups:
+            return 0.0
+        present = self.groups * (1 - (1 - 1 / self.groups) ** running)  # Groups, as expected.
+        return self.shared * (running - present)
 
 
 def shared_prefix(
@@ -46,8 +57,8 @@ def shared_prefix(
     arguments = ["--dataset-name", "generated-shared-prefix"]
     for flag, size in sizes.items():
         arguments += [f"--gsp-{flag}", str(size)]
-    private = _JOINT + question + output
-    return Workload(name, arguments, groups * per_group, groups, system, private)
+    requests, private = groups * per_group, _JOINT + question + output
+    return Workload(name, arguments, requests, groups, system, private, requests * output)
 
 
 def reasoning(requests: int, system: int, question: int, output: int) -> Workload:
@@ -57,8 +68,12 @@ def reasoning(requests: int, system: int, question: int, output: int) -> Workloa
 
 
 def random_lengths(requests: int, prompt: int, output: int) -> Workload:
-    """The client's random workload: nothing shared, lengths up to `prompt` and `output` tokens."""
+    """The client's random workload, lengths up to `prompt` and `output` tokens.
+
+    Its prompts count up through the vocabulary from random starts: in a small one some coincide.
+    """
     arguments = ["--dataset-name", "random-ids", "--num-prompts", str(requests)]
     arguments += ["--random-input-len", str(prompt), "--random-output-len", str(output)]
     arguments += ["--tokenize-prompt"]
-    return Workload(f"random {prompt}+{output}", arguments, requests, 0, 0, prompt + output)
+    name, private = f"random {prompt}+{output}", prompt + output
+    return Workload(name, arguments, requests, 0, 0, private, None, as_text=False)
