@@ -43,7 +43,10 @@ from bench.tiny_tokenizer import write_printable_tokenizer
 
 # One pool's failure must not cost what other pools have shown.
 FAILURES = (
-    *(DoesNotFit, LoadFailed, ServerFailed, BrokenProcessPool),
+    DoesNotFit,
+    LoadFailed,
+    ServerFailed,
+    BrokenProcessPool,
     requests.RequestException,
 )
 
@@ -58,36 +61,35 @@ def main() -> int:
         model, tokenizer = preset.make_model(folder / "model"), folder / "tokenizer"
         write_printable_tokenizer(tokenizer)
     traffic = traffic_of(model)
-    print(f"Logs: {folder}; runs, as they are measured: {_runs_file(arguments)}")
-    runs, failures = [], []
+    kept: Path = arguments.output.with_suffix(".jsonl")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.unlink(missing_ok=True)
+    print(f"Logs: {folder}; runs, as they are measured: {kept}")
+    runs: list[Run] = []
+    failures: list[str] = []
     with tqdm(unit="run") as bar, Client(folder, model, tokenizer) as client:
         sweep = Sweep(preset, arguments, model, client, folder, bar.set_description, bar.refresh)
         for pool in preset.pools():
             try:
                 for run in sweep.measure(pool):
-                    runs.append(_kept(run, arguments))
+                    runs.append(run)
+                    _keep(run, kept)
                     bar.update()
             except FAILURES as error:
                 failures.append(f"pool {pool.name}: {error}")
                 tqdm.write(failures[-1])
     groups = group(runs, traffic)
     goals = judge(groups, preset.goal)
-    report(groups, goals, traffic, {**asdict(preset), **vars(arguments)}, arguments.output)
+    settings = {**vars(arguments), **vars(preset)}
+    report(groups, goals, traffic, settings, arguments.output)
     print(*failures, sep="\n")
     return 1 if failures or any(goal.failed for goal in goals) else 0
 
 
-def _runs_file(arguments: argparse.Namespace) -> Path:
-    output: Path = arguments.output
-    return output.with_suffix(".jsonl")
-
-
-def _kept(run: Run, arguments: argparse.Namespace) -> Run:
-    """`run`, written down: the next one may fail."""
-    _runs_file(arguments).parent.mkdir(parents=True, exist_ok=True)
-    with _runs_file(arguments).open("a") as file:
+def _keep(run: Run, path: Path) -> None:
+    """Write `run` down: the next one may fail."""
+    with path.open("a") as file:
         print(json.dumps(asdict(run)), file=file)
-    return run
 
 
 def _chosen(arguments: argparse.Namespace) -> Preset:

@@ -39,7 +39,6 @@ def report(
     for group in groups:
         print(group_table(group), end="\n\n")
     print(_NOTE, *goals, sep="\n")
-    output.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "machine": machine(),
         "settings": settings,
