@@ -32,8 +32,7 @@ FUZZ = (
     *("--max-total-tokens", "1536", "--max-running-requests", "8", "--chunked-prefill-size", "64"),
     *("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"),
     *("--kv-alias-limit", str(ALIAS_LIMIT)),
-    # It takes in more than fit, so that some are retracted for want of memory.
-    *("--schedule-conservativeness", "0.1"),
+    *("--schedule-conservativeness", "0.1"),  # Take in more than may fit.
 )
 LONGEST_PREFIX = ("--schedule-policy", "lpm")
 

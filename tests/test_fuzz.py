@@ -101,8 +101,7 @@ def test_random_requests(server: Running) -> None:
     assert report["rounds"] > 500
     assert report["alias_hits"] > 10
     log = server.server.log.read_text()
-    for reason in ("Testing retraction. ", "KV cache pool is full. Retract requests. "):
-        assert f"{reason}#retracted_reqs: " in log
+    assert "#retracted_reqs: " in log
     assert "memory leak" not in log
 
 
