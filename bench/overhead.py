@@ -23,6 +23,7 @@ from tqdm import tqdm
 from bench.machine import machine
 from bench.planning import measure
 from bench.server import STOCK_ENVIRONMENT, Server
+from bench.table import spread
 from bench.tiny_models import make_model
 
 BUDGET, INTERVAL = 256, 64
@@ -113,13 +114,9 @@ def print_tables(result: dict[str, Any]) -> None:
     print(f"\n{'case':>14}{'tokens':>8}{'stock':>18}{'triattention':>18}{'ratio':>8}")
     for case in ("untriggered", "evicting"):
         row = result[case]
-        cells = "".join(f"{_spread(row['tokens_per_second'][arm]):>18}" for arm in ARMS)
+        cells = "".join(f"{spread(row['tokens_per_second'][arm]):>18}" for arm in ARMS)
         print(f"{case:>14}{row['output_tokens']:>8}{cells}{row['ratio']:>8.2f}")
     print("tokens/s: median (lowest-highest)")
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
 
 
 def main() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
 
 def table(rows: list[list[str]]) -> str:
     """Columns as wide as they must be; the first is flush left, the others flush right."""
@@ -14,3 +17,8 @@ def table(rows: list[list[str]]) -> str:
         )
         lines.append("  ".join([first, *cells]).rstrip())
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, lowest and highest."""
+    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"

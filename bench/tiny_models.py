@@ -18,13 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bench.tiny_tokenizer import (
-    EOS,
-    PRINTABLE,
-    special_id,
-    write_json,
-    write_tokenizer,
-)
+from bench.tiny_tokenizer import EOS, PRINTABLE, special_id, write_json, write_tokenizer
 
 LAYERS = 4
 HIDDEN = 128

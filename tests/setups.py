@@ -28,8 +28,10 @@ COMMON = (
 SMALL_POOL = 2048
 SMALL = ("--max-total-tokens", str(SMALL_POOL), "--context-length", "8192")
 OWN_TEXT = ("--kv-calibration-text", str(README), "--kv-calibration-tokens", "4096")
+FUZZ_POOL, FUZZ_ROWS = 1536, 8
 FUZZ = (
-    *("--max-total-tokens", "1536", "--max-running-requests", "8", "--chunked-prefill-size", "64"),
+    *("--max-total-tokens", str(FUZZ_POOL), "--max-running-requests", str(FUZZ_ROWS)),
+    *("--chunked-prefill-size", "64"),
     *("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"),
     *("--kv-alias-limit", str(ALIAS_LIMIT)),
     *("--schedule-conservativeness", "0.1"),  # Take in more than may fit.

@@ -14,10 +14,9 @@ import requests
 from tests.client import Ask, send, tokens_of
 from tests.conftest import Running
 from tests.probing import ask
-from tests.setups import FUZZ
+from tests.setups import FUZZ_ROWS
 
 CLIENTS, EACH = 14, 5
-AT_ONCE = int(FUZZ[FUZZ.index("--max-running-requests") + 1])
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def test_waiting_is_bounded(server: Running) -> None:
         stays = [stay for stays in pool.map(client, range(CLIENTS)) for stay in stays]
     assert sum(stay.retractions for stay in stays) > CLIENTS
     for stay in stays:
-        assert overtaken(stay, stays) <= AT_ONCE + CLIENTS * stay.retractions
+        assert overtaken(stay, stays) <= FUZZ_ROWS + CLIENTS * stay.retractions
 
 
 @pytest.mark.parametrize("server", ["fuzz-page1", "fuzz-page4"], indirect=True)
@@ -71,8 +70,8 @@ def test_nobody_is_lost_who_was_preempted_in_vain(server: Running) -> None:
         url = f"{server.server.url}/generate"
         return pool.submit(lambda: requests.post(url, json=body, timeout=60).json())
 
-    with ThreadPoolExecutor(AT_ONCE + 1) as pool:
-        coming = [come(f"{number} humble " * 10, 300, 0) for number in range(AT_ONCE)]
+    with ThreadPoolExecutor(FUZZ_ROWS + 1) as pool:
+        coming = [come(f"{number} humble " * 10, 300, 0) for number in range(FUZZ_ROWS)]
         time.sleep(1)
         coming.append(come("Important and long. " * 25, 300, 1))
         answers = [future.result() for future in coming]

@@ -17,11 +17,10 @@ from bench.simulator.policies import make_policy
 from tests.client import Answer, Ask, recorded_rounds, send, send_all, tokens_of
 from tests.conftest import Running
 from tests.probing import ask
-from tests.setups import ALIAS_LIMIT, FUZZ
+from tests.setups import ALIAS_LIMIT, FUZZ_POOL
 from tests.test_serving import wait_idle
 
-POOL = int(FUZZ[FUZZ.index("--max-total-tokens") + 1])
-LONGEST = POOL // 3  # Of the prompts.
+LONGEST = FUZZ_POOL // 3  # Of the prompts.
 # `make soak` sends more.
 REQUESTS, AT_ONCE = int(os.environ.get("FUZZ_REQUESTS", "700")), 16
 POLICIES: list[dict[str, Any]] = [
@@ -118,11 +117,11 @@ def test_outputs_longer_than_the_pool_survive_retraction(server: Running, reuse:
     server.server.flush_cache()
     settings = {"budget": 40, "interval": 40, "reuse": reuse}
     ask(server.probe)
-    asks = [Ask(tokens_of(f"{reuse} {n} Long"), POOL + 200, settings, 1.0) for n in range(3)]
+    asks = [Ask(tokens_of(f"{reuse} {n} Long"), FUZZ_POOL + 200, settings, 1.0) for n in range(3)]
     answers = send_all(server, asks)
     report = ask(server.probe)
     for answer in answers:
-        assert len(answer.ids) == POOL + 200
+        assert len(answer.ids) == FUZZ_POOL + 200
         assert len(report["resumed"].get(answer.rid, [])) == answer.meta["num_retractions"]
         assert answer.meta["kv_policy"]["resident_slots"] <= len(answer.ask.prompt) + 80 + 3
     assert sum(answer.meta["num_retractions"] for answer in answers) > 20

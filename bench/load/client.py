@@ -89,10 +89,9 @@ class Client:
         arguments += ["--tokenizer", str(tokenizer), "--output-file", str(output)]
         arguments += ["--cache-report", "--output-details", "--disable-tqdm"]
         try:
-            load: Load = self._process.submit(_run, arguments, output, log, workload).result()
+            return self._process.submit(_run, arguments, output, log, workload).result()
         except (SystemExit, ValueError) as error:
             raise LoadFailed(f"{workload.name}: SGLang's client gave up: {error}; {log}") from error
-        return load
 
 
 def _live_in(folder: Path) -> None:

@@ -14,7 +14,7 @@ from bench.load.cells import Cell, Group
 from bench.load.picture import draw
 from bench.load.traffic import Traffic
 from bench.machine import machine
-from bench.table import table
+from bench.table import spread, table
 
 _HEADER = [
     *("arm", "tokens/s", "ratio", "bytes allow", "of limit", "requests/s"),
@@ -63,10 +63,9 @@ def group_table(group: Group) -> str:
 
 
 def _row(cell: Cell) -> list[str]:
-    rates = [run.load.output_rate for run in cell.runs]
     return [
         cell.arm,
-        f"{cell.rate:.0f} ({min(rates):.0f}-{max(rates):.0f})",
+        spread([run.load.output_rate for run in cell.runs]),
         f"{cell.ratio:.2f}",
         f"{cell.allowed:.2f}",
         f"{cell.share:.1%}",

@@ -74,7 +74,7 @@ def measure(
         arm=arm,
         pool=pool,
         workload=workload.name,
-        slots=after["memory_usage"]["token_capacity"],
+        slots=slots_of(after),
         load=load,
         retracted=timeline.retracted,
         rounds=_rounds(after) - _rounds(before),
@@ -83,6 +83,12 @@ def measure(
         read=fmean(line.slots + again(line.running) for line in lines),
         over_time=[(s.time - load.began, s.line.running, s.line.throughput) for s in thinned],
     )
+
+
+def slots_of(state: dict[str, Any]) -> int:
+    """Size of a server's pool, from its internal state."""
+    slots: int = state["memory_usage"]["token_capacity"]
+    return slots
 
 
 def _rounds(state: dict[str, Any]) -> int:

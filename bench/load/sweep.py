@@ -13,7 +13,7 @@ from bench.arms import Arm, running
 from bench.load.arms import CONSTRAINED, make_arms
 from bench.load.client import Client
 from bench.load.presets import RICH, Pool, Preset
-from bench.load.run import Run, measure
+from bench.load.run import Run, measure, slots_of
 from bench.server import Server
 
 FITS = 0.99  # Of a pool: SGLang rounds to pages.
@@ -76,7 +76,7 @@ class Sweep:
         """Slots that production SGLang has if memory decides: all arms get as many."""
         production = self._arms(pool, None)[0]
         with self._running(pool, [production], 0) as servers:
-            return _slots(servers[production.name])
+            return slots_of(servers[production.name].internal_state())
 
     def _running(
         self, pool: Pool, arms: Sequence[Arm], number: int
@@ -91,8 +91,9 @@ class Sweep:
         self, pool: Pool, slots: int, servers: dict[str, Server], number: int
     ) -> Iterator[Run]:
         for name, server in servers.items():
-            if _slots(server) < FITS * slots:
-                raise DoesNotFit(f"{name} has room for {_slots(server)} slots, not for {slots}")
+            room = slots_of(server.internal_state())
+            if room < FITS * slots:
+                raise DoesNotFit(f"{name} has room for {room} slots, not for {slots}")
             if not number or not self.preset.side_by_side:
                 self._warm_up(server)
         for workload in pool.workloads:
@@ -106,11 +107,6 @@ class Sweep:
         tokens = self.preset.budget + 2 * self.preset.interval
         sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
         server.generate(text="Warm up.", sampling_params=sampling)
-
-
-def _slots(server: Server) -> int:
-    slots: int = server.internal_state()["memory_usage"]["token_capacity"]
-    return slots
 
 
 def _turned(items: Sequence[T], number: int) -> Sequence[T]:
