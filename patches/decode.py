@@ -53,7 +53,7 @@ def _shrink(batch: ScheduleBatch, due: dict[int, Due]) -> None:
     pinned = batch.seq_lens.is_cuda
     cut = torch.zeros(len(batch.reqs), dtype=torch.int64, pin_memory=pinned)
     for index, request in due.items():
-        cut[index] = request.region.candidates - request.region.kept
+        cut[index] = request.candidates - request.region.kept
     adapter.shrink_batch(batch, cut)
     # What was freed is offered to waiting requests, although nobody has finished.
     batch.batch_is_full = False

@@ -21,12 +21,12 @@ def slots_for(settings: KvPolicyConfig, tokens: int, page_size: int, regions: in
 
 
 def more_slots(state: RequestState, physical: int, tokens: int, page_size: int) -> int:
-    """Slots that a running request with `physical` slots takes on top, until its next round.
+    """Slots that a running request with `physical` slots takes on top at the most.
 
     Args:
         tokens: output tokens that are still to come, at the most.
     """
     if not state.regions:
         return slots_for(state.settings, tokens, page_size)
-    room = max(0, state.regions[-1].due_at - physical)
+    room = max(0, state.regions[-1].limit - physical)
     return min(ceil_to(tokens, page_size), room)

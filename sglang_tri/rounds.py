@@ -29,7 +29,7 @@ class Region:
         start: first slot that may be evicted; `opened` rounded up to whole pages, because the
             last page belongs to what was there before.
         kept: slots that survive a round.
-        due_at: physical length at which a round is due.
+        limit: physical length that it never exceeds.
         before: logical minus physical length at its start.
         plain_tail: of the kept slots those at the end that hold the most recent tokens, the same
             in every head and in order.
@@ -40,7 +40,7 @@ class Region:
     opened: int
     start: int
     kept: int
-    due_at: int
+    limit: int
     before: int
     plain_tail: int
     evicted: int = 0
@@ -51,14 +51,19 @@ class Region:
         """A region behind `length` slots, which hold `length + before` tokens."""
         start = ceil_to(length, page_size)
         kept = ceil_to(settings.budget, page_size)
-        due_at = start + kept + ceil_to(settings.interval, page_size)
+        limit = start + kept + ceil_to(settings.interval, page_size)
         # A span has at least one slot: without one, nothing in the prefix cache would tell it.
         span = max(page_size, ceil_to(kept - settings.recent, page_size))
-        return cls(length, start, kept, due_at, before, kept - span)
+        return cls(length, start, kept, limit, before, kept - span)
+
+    @property
+    def due_at(self) -> int:
+        """Physical length at which its next round is due."""
+        return self.limit
 
     @property
     def candidates(self) -> int:
-        """Slots of the private region when a round is due."""
+        """Slots of the private region when its next round is due."""
         return self.due_at - self.start
 
     @property
@@ -71,6 +76,12 @@ class Region:
         """What was compressed: its logical start and end, its first slot and the one behind it."""
         last_slot = self.start + self.kept - self.plain_tail
         return self.start + self.before, last_slot + self.delta, self.start, last_slot
+
+    def count_round(self) -> int:
+        """Its round is planned; returns how many tokens it evicts."""
+        evicted = self.candidates - self.kept
+        self.evicted += evicted
+        return evicted
 
 
 @dataclass(slots=True)
@@ -148,16 +159,27 @@ class RequestState:
 
 @dataclass(slots=True)
 class Due:
-    """One request of a round: its state and its row of the request-to-slot table."""
+    """One request of a round.
+
+    Attributes:
+        state: its state.
+        region: what is evicted from.
+        row: its row of the request-to-slot table.
+        candidates: slots of the private region in this round.
+    """
 
     state: RequestState
     region: Region
     row: int
+    candidates: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.candidates = self.region.candidates
 
 
 @dataclass(slots=True)
 class Round:
-    """A planned round of all due requests with equal settings.
+    """A planned round of all due requests with equal settings and as many candidates.
 
     Attributes:
         settings: what they have in common.

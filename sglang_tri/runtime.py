@@ -130,11 +130,11 @@ class Runtime:
             int64 [freed], the slots that are free from now on: whole pages, each page's slots
             together and in order.
         """
-        groups: dict[KvPolicyConfig, list[Due]] = {}
+        groups: dict[tuple[KvPolicyConfig, int], list[Due]] = {}
         for request in due:
-            groups.setdefault(request.state.settings, []).append(request)
+            groups.setdefault((request.state.settings, request.candidates), []).append(request)
         freed = []
-        for settings, members in groups.items():
+        for (settings, _), members in groups.items():
             planned = self._plan_group(settings, members, request_to_slot)
             self._pending.append(planned)
             freed.append(planned.slots[:, planned.kept :].reshape(-1))
@@ -157,14 +157,14 @@ class Runtime:
             pin_memory=self.deltas.is_cuda,
         )
         rows, starts, lengths, deltas = host.to(self.deltas.device, non_blocking=True)
-        reach = torch.arange(members[0].region.candidates, device=rows.device)
+        reach = torch.arange(members[0].candidates, device=rows.device)
         slots = request_to_slot[rows[:, None], starts[:, None] + reach].long()
         return Round(settings, members, slots, lengths, rows, deltas)
 
     def _count(self, member: Due) -> None:
         state, region, counters = member.state, member.region, self.counters
-        evicted = region.candidates - region.kept
         counters.saw_resident(region.due_at - state.regions[0].opened)
+        evicted = region.count_round()
         counters.requests_evicted += not state.was_evicted_from
         state.was_evicted_from = True
         counters.rounds += 1
@@ -173,7 +173,6 @@ class Runtime:
         state.rounds += 1
         state.evicted_tokens += evicted
         self._shifted.add(state.rid)
-        region.evicted += evicted
 
     def execute(self) -> None:
         """Run the planned rounds. Call on the stream of the forward pass, before its first read."""

@@ -42,5 +42,5 @@ class TraceWriter:
         if before is None:
             first = due.region.start + due.region.before
             return torch.arange(first, logical).expand(*kept.shape[:2], -1)
-        new = torch.arange(logical - (due.region.candidates - before.shape[-1]), logical)
+        new = torch.arange(logical - (due.candidates - before.shape[-1]), logical)
         return torch.cat([before, new.expand(*before.shape[:2], -1)], -1)
