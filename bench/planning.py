@@ -12,10 +12,11 @@ import torch
 
 from sglang_tri.aliases import AliasStore, Lookup
 from sglang_tri.config import KvPolicyConfig
+from sglang_tri.execution import Cache
 from sglang_tri.patches import active, decode
 from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.rounds import RequestState
-from sglang_tri.runtime import Cache, Runtime
+from sglang_tri.runtime import Runtime
 
 BUDGET, INTERVAL, PROMPT = 256, 64, 128
 REPEATS = 200
@@ -53,7 +54,7 @@ def _make_batch(requests: int) -> Any:
     size = requests * length
     cache = [torch.zeros(1, 1, 2)]
     settings = KvPolicyConfig(policy="streaming", budget=BUDGET, interval=INTERVAL)
-    runtime = Runtime(settings, Cache(cache, cache, cache), requests + 1, page_size=1)
+    runtime = Runtime(settings, Cache.of(cache, cache, 1), requests + 1, page_size=1)
     scheduler: Any = SimpleNamespace(enable_overlap=False)
     active.activate(active.Active(runtime, scheduler, AliasStore(1), array("q")))
     allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, need_sort=False)

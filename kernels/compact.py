@@ -1,4 +1,4 @@
-"""Move the kept rows of K and V into the first slots of each request's region, in place."""
+"""Move the kept rows of K and V into the first slots of each request's candidates, in place."""
 
 from __future__ import annotations
 
@@ -6,68 +6,57 @@ from collections.abc import Sequence
 
 import torch
 
-
-def packing(kept: torch.Tensor, candidates: int, recent: int, keep_order: bool) -> torch.Tensor:
-    """Which candidate each of the first `budget` slots holds afterwards.
-
-    With `keep_order` the slots stay in logical order. Without it a kept row that already lies in
-    the first `budget - recent` slots stays where it is, and only the holes are filled. Either way
-    the last `recent` candidates end up, in order, in the last `recent` of the slots.
-
-    Args:
-        kept: int64 [..., budget], ascending, its last `recent` entries the last candidates.
-        candidates: candidates of each request; `candidates - recent >= budget` without order.
-        recent: as above.
-        keep_order: as above.
-
-    Returns:
-        int64 [..., budget]; entry b is the index of the candidate that slot b receives.
-    """
-    if keep_order:
-        return kept
-    budget = kept.shape[-1]
-    front = budget - recent
-    is_kept = torch.zeros(*kept.shape[:-1], candidates, dtype=torch.bool, device=kept.device)
-    is_kept.scatter_(-1, kept, True)
-    hole = ~is_kept[..., :front]
-    staying = front - hole.sum(-1, keepdim=True)
-    filler = (staying + hole.cumsum(-1) - 1).clamp(0, max(budget - 1, 0))
-    here = torch.arange(front, device=kept.device).expand_as(hole)
-    packed = torch.where(hole, kept.gather(-1, filler), here)
-    return torch.cat([packed, kept[..., front:]], -1)
+from sglang_tri.kernels import compact_triton
+from sglang_tri.kernels.backend import has_triton
+from sglang_tri.kernels.moves import Moves
+from sglang_tri.kernels.pages import PagedBuffers, Pages
 
 
-def compact(caches: Sequence[torch.Tensor], slots: torch.Tensor, packed: torch.Tensor) -> None:
-    """Copy rows within each cache so that slot b of a request holds candidate `packed[b]`.
+def compact(caches: Sequence[PagedBuffers], pages: Pages, moves: Moves) -> None:
+    """Copy rows within each cache, as `moves` says.
+
+    Rows that are in no move are not touched. One launch for each of `caches` on a GPU; plain torch
+    on a CPU.
 
     Args:
-        caches: per layer [slots, kv_heads, head_dim]; K and V alike, any dtype. Changed in place.
-        slots: int64 [requests, candidates], the slot of each candidate.
-        packed: int64 [layers or 1, requests, kv_heads or 1, budget], from `packing`.
+        caches: K and V; those of equal geometry in one, see `joined`. Changed in place.
+        pages: the candidates.
+        moves: of all layers, from `select`.
+
+    Raises:
+        ValueError: the moves do not fit the caches.
     """
-    kv_heads = caches[0].shape[1]
-    shared = packed.shape[0] == 1
-    moves = _moves(packed[0], slots, kv_heads)
-    for layer, cache in enumerate(caches):
-        if not shared and layer:
-            moves = _moves(packed[layer], slots, kv_heads)
-        target, source, head = moves
-        # The gather on the right is complete before the first row is written.
-        cache[target, head] = cache[source, head]
+    layers, requests, heads = moves.count.shape
+    for cache in caches:
+        if len(cache) % layers or heads not in (1, cache.heads) or requests != pages.requests:
+            raise ValueError(
+                f"moves [layers, requests, heads] {(layers, requests, heads)} do not fit "
+                f"{len(cache)} layers, {pages.requests} requests and {cache.heads} heads"
+            )
+        if has_triton(cache.device):
+            compact_triton.launch(cache, pages, moves)
+        else:
+            _reference(cache, pages, moves)
 
 
-def _moves(
-    packed: torch.Tensor, slots: torch.Tensor, kv_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(target slot, source slot, head) of the rows to copy in one layer, of equal shapes."""
-    budget = packed.shape[-1]
-    packed = packed.expand(-1, kv_heads, -1)
-    head = torch.arange(kv_heads, device=packed.device)[:, None].expand_as(packed)
-    place = torch.arange(budget, device=packed.device).expand_as(packed)
-    target = slots[:, None].expand(-1, kv_heads, -1)[..., :budget]
-    source = slots[:, None].expand(-1, kv_heads, -1).gather(-1, packed)
-    if not packed.is_cpu:
-        # Only the device knows which rows move, and asking it would be a synchronisation.
-        return target, source, head
-    moving = packed != place
-    return target[moving], source[moving], head[moving]
+def joined(
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], page_size: int = 1
+) -> list[PagedBuffers]:
+    """K and V for `compact`: as one where their geometry is the same, to be moved by one launch."""
+    if keys[0].shape == values[0].shape and keys[0].stride() == values[0].stride():
+        return [PagedBuffers([*keys, *values], page_size)]
+    return [PagedBuffers(keys, page_size), PagedBuffers(values, page_size)]
+
+
+def _reference(cache: PagedBuffers, pages: Pages, moves: Moves) -> None:
+    entry = torch.arange(moves.target.shape[-1], device=cache.device)
+    for request in range(pages.requests):
+        page, row = pages.rows(request)
+        for index, layer in enumerate(cache.layers):
+            kept_set = index % len(moves.count), request
+            some = (entry < moves.count[kept_set][:, None]).expand(cache.heads, -1)
+            head = torch.arange(cache.heads, device=cache.device)[:, None].expand_as(some)[some]
+            target = moves.target[kept_set].expand_as(some)[some]
+            source = moves.source[kept_set].expand_as(some)[some]
+            # The gather on the right is complete before the first row is written.
+            layer[page[target], row[target], head] = layer[page[source], row[source], head]

@@ -11,7 +11,7 @@ def frequency_pairs(
     """Component indices `(first, second)` of every pair; pair f is `x[first[f]] + i x[second[f]]`.
 
     The `rotary_dim / 2` rotated pairs come first, in the order of the RoPE frequencies. What lies
-    outside `rotary_dim` is paired half-wise: those pairs have frequency 0.
+    outside `rotary_dim` is paired in the same style: those pairs have frequency 0.
 
     Args:
         head_dim: components of one head, even.
@@ -29,11 +29,9 @@ def frequency_pairs(
             f"head_dim {head_dim} and rotary_dim {rotary_dim} must be even, "
             "and rotary_dim at most head_dim"
         )
-    half = rotary_dim // 2
-    rotated = torch.arange(half, device=device)
-    first, second = (2 * rotated, 2 * rotated + 1) if interleaved else (rotated, rotated + half)
-    rest = torch.arange(rotary_dim, rotary_dim + (head_dim - rotary_dim) // 2, device=device)
-    return (
-        torch.cat([first, rest]),
-        torch.cat([second, rest + (head_dim - rotary_dim) // 2]),
-    )
+    pair = torch.arange(head_dim // 2, device=device)
+    if interleaved:
+        return 2 * pair, 2 * pair + 1
+    rotated, still = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    first = pair + (pair >= rotated) * rotated
+    return first, first + torch.where(pair < rotated, rotated, still)

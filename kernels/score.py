@@ -2,54 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+
+from sglang_tri.kernels import score_triton
+from sglang_tri.kernels.backend import has_triton
+from sglang_tri.kernels.pages import PagedBuffers, Pages
+from sglang_tri.kernels.queries import Queries
+from sglang_tri.kernels.scores import Scores
+from sglang_tri.kernels.workspace import Workspace
 
 
 def score(
-    keys: Sequence[torch.Tensor],
-    slots: torch.Tensor,
-    query: torch.Tensor,
-    magnitude: torch.Tensor,
-    pairs: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
+    keys: PagedBuffers,
+    pages: Pages,
+    queries: Queries,
+    positions: torch.Tensor,
+    key_scale: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> Scores:
     """Scores of every candidate of every due request, for all layers and query heads.
 
     `score = <query, key> + sum_f magnitude[f] |key_f|`: TriAttention (arXiv 2604.04921) with the
-    mean over future offsets folded into the query, so that the cached, rotated key is read as it
-    is. Accumulates in float32.
+    mean over future offsets folded into the query, which is rotated to the request's position, so
+    that the cached, rotated key is read as it is, once. Accumulates in float32. One launch on a
+    GPU; on a CPU plain torch.
 
     Args:
-        keys: per layer [slots, kv_heads, head_dim], any floating dtype, keys after RoPE.
-        slots: int64 [requests, candidates], the slot of each candidate.
-        query: float32 [layers, requests, query_heads, head_dim], rotated to each request's step.
-        magnitude: float32 [layers, query_heads, head_dim / 2], weight of each pair's modulus.
-        pairs: component indices of the pairs, from `frequency_pairs`.
+        keys: of all layers, after RoPE; bfloat16, float16, float32, or an 8-bit float.
+        pages: the candidates.
+        queries: of the same layers; 1 to 16 query heads for each KV head.
+        positions: int64 [requests], logical lengths.
+        key_scale: float32 [layers], what stored keys are to be multiplied by; 1 without it.
+        workspace: memory for the result; without it, it is allocated.
 
     Returns:
-        float32 [layers, requests, query_heads, candidates].
+        The scores, on the device of the keys.
 
     Raises:
-        ValueError: `query` or `magnitude` does not fit the keys.
+        ValueError: the arguments do not fit together, or a dtype is not supported.
     """
-    layers, requests, query_heads, head_dim = query.shape
-    kv_heads = keys[0].shape[1]
-    if len(keys) != layers or keys[0].shape[2] != head_dim or query_heads % kv_heads:
+    _check(keys, queries, key_scale)
+    memory = Workspace.or_new(workspace, keys.device)
+    if has_triton(keys.device):
+        return score_triton.launch(keys, pages, queries, positions, key_scale, memory)
+    return _reference(keys, pages, queries, positions, key_scale)
+
+
+def _check(keys: PagedBuffers, queries: Queries, key_scale: torch.Tensor | None) -> None:
+    shape = queries.layers, queries.heads, 2 * queries.pairs
+    if len(keys) != queries.layers or keys.head_dim != 2 * queries.pairs:
         raise ValueError(
-            f"query {tuple(query.shape)} does not fit {len(keys)} layers of keys "
-            f"{tuple(keys[0].shape)}"
+            f"queries [layers, heads, head_dim] {shape} do not fit {len(keys)} layers of keys of "
+            f"{keys.head_dim} components"
         )
-    if magnitude.shape != (layers, query_heads, head_dim // 2):
-        raise ValueError(f"magnitude {tuple(magnitude.shape)} does not fit {tuple(query.shape)}")
-    group = query_heads // kv_heads
-    first, second = pairs
-    scores = query.new_empty(layers, requests, query_heads, slots.shape[1])
-    for layer, cache in enumerate(keys):
-        key = cache[slots].float().transpose(1, 2)
-        modulus = torch.hypot(key[..., first], key[..., second])
-        grouped_query = query[layer].view(requests, kv_heads, group, head_dim)
-        weights = magnitude[layer].view(1, kv_heads, group, head_dim // 2)
-        logits = grouped_query @ key.transpose(2, 3) + weights @ modulus.transpose(2, 3)
-        scores[layer] = logits.view(requests, query_heads, -1)
-    return scores
+    if queries.heads % keys.heads or queries.heads // keys.heads > 16:
+        raise ValueError(
+            f"{queries.heads} query heads do not fit {keys.heads} KV heads: use 1 to 16 for each"
+        )
+    if keys.dtype not in score_triton.KEY_PIECES:
+        raise ValueError(f"keys of {keys.dtype} cannot be scored")
+    if key_scale is not None and key_scale.shape != (len(keys),):
+        raise ValueError(f"key_scale {tuple(key_scale.shape)} has not one entry for each layer")
+
+
+def _reference(
+    keys: PagedBuffers,
+    pages: Pages,
+    queries: Queries,
+    positions: torch.Tensor,
+    key_scale: torch.Tensor | None,
+) -> Scores:
+    first, second = queries.components()
+    rotated = queries.at(positions)
+    group = queries.heads // keys.heads
+    rows = rotated.new_zeros(queries.layers, pages.requests, queries.heads, pages.longest)
+    for request in range(pages.requests):
+        page, row = pages.rows(request)
+        for layer, cache in enumerate(keys.layers):
+            key = cache[page, row].float().transpose(0, 1)
+            if key_scale is not None:
+                key = key * key_scale[layer]
+            modulus = torch.hypot(key[..., first], key[..., second])
+            query = rotated[layer, request].view(keys.heads, group, -1)
+            weight = queries.magnitude[layer].view(keys.heads, group, -1)
+            logit = query @ key.transpose(1, 2) + weight @ modulus.transpose(1, 2)
+            rows[layer, request, :, : len(page)] = logit.flatten(0, 1)
+    return Scores.of(rows, pages.counts())

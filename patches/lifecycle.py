@@ -8,19 +8,33 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from sglang_tri import warmup
 from sglang_tri.aliases import AliasStore
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active, calibration, flags, hooks, launch, rope, thinking
+from sglang_tri.execution import Cache
+from sglang_tri.patches import (
+    active,
+    calibration,
+    flags,
+    hooks,
+    launch,
+    memory,
+    request_lifetime,
+    rope,
+    thinking,
+)
 from sglang_tri.patches import sglang_0517 as adapter
-from sglang_tri.queries import VirtualQueries
-from sglang_tri.runtime import Cache, Observer, Runtime
+from sglang_tri.queries import virtual_queries
+from sglang_tri.runtime import Observer, Runtime
 from sglang_tri.stats import Statistics
 from sglang_tri.trace import TraceWriter
 
 if TYPE_CHECKING:
-    import torch
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +65,7 @@ def start_scheduler(
     statistics = _read_statistics(scheduler, settings, runtime)
     found.statistics = (statistics.path or None) if statistics is not None else None
     runtime.check_runnable(settings)
+    warmup.run(runtime, warmup.all_settings(settings, request_lifetime.per_request()))
     logger.info(
         "KV policy: %s, mode %s, budget %d, interval %d, reuse %s, statistics %s",
         settings.policy,
@@ -68,7 +83,14 @@ def _build_runtime(scheduler: Scheduler, settings: KvPolicyConfig) -> Runtime:
     trace = os.environ.get(TRACE)
     observer: Observer | None = TraceWriter(trace) if trace else None
     rows = scheduler.req_to_token_pool.req_to_token.shape[0]
-    return Runtime(settings, _read_pool(scheduler), rows, scheduler.page_size, observer=observer)
+    return Runtime(
+        settings,
+        _read_pool(scheduler),
+        rows,
+        scheduler.page_size,
+        workspace=memory.reserved(),
+        observer=observer,
+    )
 
 
 def _read_statistics(
@@ -83,12 +105,12 @@ def _read_statistics(
     if statistics is None:
         statistics = calibration.automatic(scheduler, settings, module, spec)
     keys = runtime.cache.keys
-    kv_heads, head_dim = keys[0].shape[1:]
+    kv_heads, head_dim = keys.heads, keys.head_dim
     group = statistics.shape[1] // kv_heads
     with launch.naming_statistics():
         statistics.check_rope(spec)
         statistics.check_geometry(len(keys), kv_heads * group, head_dim)
-    runtime.queries = VirtualQueries(statistics, spec, runtime.cache.device)
+    runtime.queries = virtual_queries(statistics, spec, runtime.cache.device)
     return statistics
 
 
@@ -123,5 +145,18 @@ def _read_pool(scheduler: Scheduler) -> Cache:
             f"({getattr(pool, 'kv_cache_layout', 'other')} layout): it needs SGLang's "
             "MHATokenToKVPool in NHD layout."
         )
-    readable = [keys.view(pool.dtype) for keys in pool.k_buffer]
-    return Cache(pool.k_buffer, pool.v_buffer, readable)
+    scale = _key_scale(scheduler.tp_worker.model_runner.model, pool)
+    return Cache.of(pool.k_buffer, pool.v_buffer, scheduler.page_size, pool.dtype, scale)
+
+
+def _key_scale(model: torch.nn.Module, pool: MHATokenToKVPool) -> torch.Tensor | None:
+    """What stored keys are to be multiplied by, where the checkpoint says so for an fp8 cache."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    scales = torch.ones(len(pool.k_buffer))
+    for module in model.modules():
+        if isinstance(module, RadixAttention) and module.k_scale_float is not None:
+            scales[module.layer_id] = module.k_scale_float
+    if pool.dtype == pool.store_dtype or bool((scales == 1).all()):
+        return None
+    return scales.to(pool.k_buffer[0].device)

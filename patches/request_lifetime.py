@@ -33,7 +33,7 @@ def admit(scheduler: Scheduler, req: Req, is_retracted: bool = False) -> None:
     try:
         _check_vocabulary(req)
         overrides = adapter.request_overrides(req)
-        if overrides and os.environ.get(PER_REQUEST) != "1":
+        if overrides and not per_request():
             raise KvPolicyError(
                 "custom_params['kv_policy'] is not public: set --kv-policy for the whole server."
             )
@@ -41,6 +41,11 @@ def admit(scheduler: Scheduler, req: Req, is_retracted: bool = False) -> None:
         adapter.attach_state(req, state)
     except KvPolicyError as error:
         req.set_finish_with_abort(str(error))
+
+
+def per_request() -> bool:
+    """Whether requests may bring settings of their own."""
+    return os.environ.get(PER_REQUEST) == "1"
 
 
 def _check_vocabulary(req: Req) -> None:

@@ -8,6 +8,7 @@ from sglang_tri.patches import (
     flags,
     launch,
     lifecycle,
+    memory,
     request_lifetime,
     responses,
     reuse,
@@ -24,6 +25,7 @@ _SCHEDULER = _SRT + "managers.scheduler.Scheduler."
 _BATCH = _SRT + "managers.schedule_batch.ScheduleBatch."
 _ADDER = _SRT + "managers.schedule_policy.PrefillAdder."
 _WORKER = _SRT + "managers.tp_worker.TpModelWorker."
+_RUNNER = _SRT + "model_executor.model_runner.ModelRunner."
 _FORWARD = _SRT + "model_executor.forward_batch_info.ForwardBatch."
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager."
 _POOL = _SRT + "managers.scheduler_components.pool_stats_observer.PoolStats."
@@ -49,6 +51,9 @@ TABLE = (
          "take the request's report from the output"),
     Hook(MAIN, _TOKENIZER + "_wait_one_response", AROUND, responses.deliver, ("self", "obj"),
          "put it into meta_info as a dict"),
+    Hook(SCHEDULER, _RUNNER + "alloc_memory_pool", BEFORE, memory.reserve,
+         ("self", "memory_pool_config"),
+         "reserve scratch before the KV pool is sized"),
     Hook(SCHEDULER, _SCHEDULER + "_add_request_to_queue", BEFORE, request_lifetime.admit,
          ("self", "req", "is_retracted"),
          "give a request its policy state"),

@@ -12,6 +12,8 @@ import torch
 
 from sglang_tri.aliases import Alias, Lookup
 from sglang_tri.config import KvPolicyConfig
+from sglang_tri.kernels.moves import Budgets
+from sglang_tri.kernels.pages import Pages
 from sglang_tri.spans import Chain
 
 
@@ -179,12 +181,13 @@ class Due:
 
 @dataclass(slots=True)
 class Round:
-    """A planned round of all due requests with equal settings and as many candidates.
+    """A planned round of all due requests with equal settings.
 
     Attributes:
         settings: what they have in common.
         due: the requests.
-        slots: int64 [requests, candidates], in slot order.
+        pages: their candidates, in slot order.
+        budgets: how many each of them keeps.
         logical: int64 [requests], logical lengths.
         rows: int64 [requests], rows of the request-to-slot table.
         deltas: int64 [requests], logical minus physical length after the round.
@@ -192,18 +195,11 @@ class Round:
 
     settings: KvPolicyConfig
     due: list[Due]
-    slots: torch.Tensor
+    pages: Pages
+    budgets: Budgets
     logical: torch.Tensor
     rows: torch.Tensor
     deltas: torch.Tensor
-
-    @property
-    def kept(self) -> int:
-        return self.due[0].region.kept
-
-    @property
-    def candidates(self) -> int:
-        return self.slots.shape[1]
 
 
 @dataclass(slots=True)

@@ -8,43 +8,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sglang_tri import planning
 from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.kernels.compact import compact, packing
+from sglang_tri.execution import Cache, execute
+from sglang_tri.kernels.queries import Queries
+from sglang_tri.kernels.workspace import Workspace
+from sglang_tri.parts import WORKSPACE_BYTES, Geometry, Parts
 from sglang_tri.policies import POLICIES
 from sglang_tri.policies.base import Candidates
-from sglang_tri.queries import VirtualQueries
-from sglang_tri.rounds import Counters, Due, Region, RequestState, Round
+from sglang_tri.rounds import Counters, Due, Region, RequestState, Round, ceil_to
 
 # A plan is made on one stream and read on another: its tensors must outlive both in-flight steps.
 _STEPS_KEPT_ALIVE = 4
 
 
-@dataclass(frozen=True)
-class Cache:
-    """The engine's KV cache, layer by layer.
-
-    Attributes:
-        keys, values: [slots, kv_heads, head_dim] as stored; moved as they are.
-        readable_keys: the same memory in the dtype that scores are computed from.
-    """
-
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
-    readable_keys: Sequence[torch.Tensor]
-
-    @property
-    def device(self) -> torch.device:
-        return self.keys[0].device
-
-
-Observer = Callable[[Round, torch.Tensor, torch.Tensor], None]
+Observer = Callable[[Round, torch.Tensor], None]
 
 
 class Runtime:
@@ -56,8 +40,9 @@ class Runtime:
         rows: rows of the engine's request-to-slot table.
         page_size: slots per page.
         queries: virtual queries, or None where there are no statistics, or not yet.
-        observer: called after each executed round with the round, the kept indices and the
-            packing; used to write traces.
+        workspace: memory for scores; by default it is allocated here.
+        observer: called after each executed round with the round and which candidate each slot
+            holds now, int64 [layers or 1, requests, kv_heads or 1, kept]; used to write traces.
     """
 
     def __init__(
@@ -66,7 +51,8 @@ class Runtime:
         cache: Cache,
         rows: int,
         page_size: int,
-        queries: VirtualQueries | None = None,
+        queries: Queries | None = None,
+        workspace: Workspace | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.settings = settings
@@ -75,6 +61,7 @@ class Runtime:
         self.deltas = torch.zeros(rows, dtype=torch.int64, device=cache.device)
         self.cache = cache
         self.queries = queries
+        self.workspace = workspace or Workspace(WORKSPACE_BYTES, cache.device)
         self._observer = observer
         self._policies = {name: policy() for name, policy in POLICIES.items()}
         self._pending: list[Round] = []
@@ -95,6 +82,19 @@ class Runtime:
             raise KvPolicyError(
                 f"--kv-policy {settings.policy} needs live queries, which no server provides yet."
             )
+        Parts.of(self.workspace.size, self._largest_round(settings))
+
+    def _largest_round(self, settings: KvPolicyConfig) -> Geometry:
+        kept = ceil_to(settings.budget, self.page_size)
+        keys = self.cache.keys
+        return Geometry(
+            len(keys),
+            keys.heads if self.queries is None else self.queries.heads,
+            keys.heads,
+            POLICIES[settings.policy].by_layer(settings),
+            kept + ceil_to(settings.interval, self.page_size),
+            kept,
+        )
 
     def admit(
         self, rid: str, overrides: Mapping[str, Any], extra_key: str | None = None
@@ -130,36 +130,18 @@ class Runtime:
             int64 [freed], the slots that are free from now on: whole pages, each page's slots
             together and in order.
         """
-        groups: dict[tuple[KvPolicyConfig, int], list[Due]] = {}
+        groups: dict[KvPolicyConfig, list[Due]] = {}
         for request in due:
-            groups.setdefault((request.state.settings, request.candidates), []).append(request)
+            groups.setdefault(request.state.settings, []).append(request)
         freed = []
-        for (settings, _), members in groups.items():
-            planned = self._plan_group(settings, members, request_to_slot)
+        for members in groups.values():
+            logical = [member.region.due_at + member.region.delta for member in members]
+            for member in members:
+                self._count(member)
+            planned, slots = planning.plan(members, logical, request_to_slot, self.page_size)
             self._pending.append(planned)
-            freed.append(planned.slots[:, planned.kept :].reshape(-1))
-        return freed[0] if len(freed) == 1 else torch.cat(freed)
-
-    def _plan_group(
-        self, settings: KvPolicyConfig, members: list[Due], request_to_slot: torch.Tensor
-    ) -> Round:
-        logical = [member.region.due_at + member.region.delta for member in members]
-        for member in members:
-            self._count(member)
-        host = torch.tensor(
-            [
-                [member.row for member in members],
-                [member.region.start for member in members],
-                logical,
-                [member.region.delta for member in members],
-            ],
-            dtype=torch.int64,
-            pin_memory=self.deltas.is_cuda,
-        )
-        rows, starts, lengths, deltas = host.to(self.deltas.device, non_blocking=True)
-        reach = torch.arange(members[0].candidates, device=rows.device)
-        slots = request_to_slot[rows[:, None], starts[:, None] + reach].long()
-        return Round(settings, members, slots, lengths, rows, deltas)
+            freed += slots
+        return torch.cat(freed).long()
 
     def _count(self, member: Due) -> None:
         state, region, counters = member.state, member.region, self.counters
@@ -184,24 +166,24 @@ class Runtime:
         self._pending = []
 
     def _execute_round(self, planned: Round) -> None:
-        settings = planned.settings
-        policy = self._policies[settings.policy]
-        kept = policy.keep(
-            Candidates(
-                settings,
-                self.cache.readable_keys,
-                planned.slots,
-                planned.logical,
-                planned.kept,
-                self.queries,
-            )
+        policy = self._policies[planned.settings.policy]
+        candidates = Candidates(
+            planned.settings,
+            self.cache.keys,
+            self.cache.key_scale,
+            planned.pages,
+            planned.logical,
+            planned.budgets,
+            self.queries,
+            self.workspace,
         )
-        packed = packing(kept, planned.candidates, settings.recent, policy.keeps_order)
-        compact(self.cache.keys, planned.slots, packed)
-        compact(self.cache.values, planned.slots, packed)
+        packed = []
+        for moves in execute(policy, candidates, self.cache):
+            if self._observer is not None:
+                packed.append(torch.cat([part.packed(planned.budgets.largest) for part in moves]))
         self.deltas[planned.rows] = planned.deltas
         if self._observer is not None:
-            self._observer(planned, kept, packed)
+            self._observer(planned, torch.cat(packed, 1))
 
     @property
     def shifts_positions(self) -> bool:

@@ -21,12 +21,12 @@ class TraceWriter:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, planned: Round, kept: torch.Tensor, packed: torch.Tensor) -> None:
+    def __call__(self, planned: Round, packed: torch.Tensor) -> None:
         for index, due in enumerate(planned.due):
-            logical = int(planned.logical[index])
-            positions = self._candidates(due, logical, kept[:, index].cpu())
-            due.region.positions = positions.gather(-1, packed[:, index].cpu())
-            chosen = positions.gather(-1, kept[:, index].cpu()).sort(-1).values
+            logical, places = int(planned.logical[index]), packed[:, index].cpu()
+            positions = self._candidates(due, logical, places)
+            due.region.positions = positions.gather(-1, places)
+            chosen = due.region.positions.sort(-1).values
             name = f"{due.state.rid}-{due.state.rounds:05d}.npz"
             np.savez(
                 self._folder / name,
@@ -36,11 +36,11 @@ class TraceWriter:
             )
 
     @staticmethod
-    def _candidates(due: Due, logical: int, kept: torch.Tensor) -> torch.Tensor:
+    def _candidates(due: Due, logical: int, places: torch.Tensor) -> torch.Tensor:
         """Logical positions of the candidates, in slot order: [layers or 1, heads or 1, n]."""
         before = due.region.positions
         if before is None:
             first = due.region.start + due.region.before
-            return torch.arange(first, logical).expand(*kept.shape[:2], -1)
+            return torch.arange(first, logical).expand(*places.shape[:2], -1)
         new = torch.arange(logical - (due.candidates - before.shape[-1]), logical)
         return torch.cat([before, new.expand(*before.shape[:2], -1)], -1)

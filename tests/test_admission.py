@@ -15,10 +15,11 @@ from bench.decode_log import DecodeLog
 from bench.simulator.oracle import Oracle
 from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
+from sglang_tri.execution import Cache
 from sglang_tri.footprint import more_slots, slots_for
 from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.rounds import RequestState
-from sglang_tri.runtime import Cache, Runtime
+from sglang_tri.runtime import Runtime
 from tests.client import Ask, recorded_rounds, send, send_all, simulated, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL, SMALL_POOL
@@ -76,7 +77,7 @@ def test_memory_of_the_policy_itself() -> None:
     for rows in (10, 4097):
         for budget in (32, 4096):
             settings = KvPolicyConfig(policy="triattention", budget=budget)
-            runtime = Runtime(settings, Cache(keys, keys, keys), rows, 1)
+            runtime = Runtime(settings, Cache.of(keys, keys, 1), rows, 1)
             held = [value for value in vars(runtime).values() if torch.is_tensor(value)]
             assert sum(tensor.nbytes for tensor in held) == 8 * rows
 

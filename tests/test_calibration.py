@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from bench.tiny_models import capture_heads, head_means
 from sglang_tri import stats
 from sglang_tri.calibration import text
-from sglang_tri.queries import VirtualQueries
+from sglang_tri.queries import virtual_queries
 from sglang_tri.stats import validate
 from tests.conftest import Running
 from tests.setups import COMMON, README
@@ -59,7 +59,7 @@ def test_equal_to_an_independent_capture(server: Running) -> None:
     independent = stats.Statistics(mean.to(torch.complex64), size.float())
     assert found.rope is not None
     positions = torch.tensor([0, 77, 30_000])
-    ours, theirs = (VirtualQueries(s, found.rope, "cpu") for s in (found, independent))
+    ours, theirs = (virtual_queries(s, found.rope) for s in (found, independent))
     torch.testing.assert_close(ours.at(positions), theirs.at(positions), rtol=0, atol=2e-3)
     torch.testing.assert_close(ours.magnitude, theirs.magnitude, rtol=0, atol=2e-3)
 

@@ -101,7 +101,7 @@ class Histories(RuleBasedStateMachine):
     ) -> None:
         Lookup.block_hash = staticmethod((lambda content: 1) if collide else hash)
         self.setup = Setup(page_size=self.page_size, overlap=self.overlap, **setup)
-        memory = Memory(self.setup.slots + self.page_size)
+        memory = Memory(self.setup.slots + self.page_size, self.page_size)
         self.mark, self.policy = mark, KvPolicyConfig(**POLICY)
         self.loop = Loop(self.setup, self._forward, self._before_decode)
         self.runtime = Runtime(self.policy, memory.cache, ROWS + 1, self.page_size)

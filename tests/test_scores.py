@@ -11,8 +11,7 @@ import torch
 
 from sglang_tri import stats
 from sglang_tri.kernels.pairs import frequency_pairs
-from sglang_tri.kernels.score import score
-from sglang_tri.queries import VirtualQueries
+from sglang_tri.queries import virtual_queries
 from sglang_tri.rope import Rope
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -104,14 +103,7 @@ def compare(statistics: stats.Statistics, rope: Rope, kv_heads: int, logical: in
     slots = torch.randperm(3 * count, generator=generator)[:count]
     cache = torch.full((layers, 3 * count, kv_heads, head_dim), math.nan)
     cache[:, slots] = rotate(keys, positions, rope)
-    queries = VirtualQueries(statistics, rope, "cpu")
-    actual = score(
-        list(cache),
-        slots[None],
-        queries.at(torch.tensor([logical])),
-        queries.magnitude,
-        queries.pairs,
-    )
+    actual = scores_of(list(cache), slots, statistics, rope, logical)
     scale = expected.abs().max()
     torch.testing.assert_close(actual[:, 0].double() / scale, expected / scale, rtol=0, atol=3e-6)
 
@@ -143,10 +135,8 @@ def test_factor_is_squared_once(wrong: float) -> None:
     positions = torch.arange(9)
     right = Rope(frequencies, 1.2, 64, False)
     expected = published_score(statistics, right, keys, positions, 100, 2)
-    queries = VirtualQueries(statistics, Rope(frequencies, wrong, 64, False), "cpu")
     cache = list(rotate(keys, positions, right))
-    logical = torch.tensor([100])
-    actual = score(cache, positions[None], queries.at(logical), queries.magnitude, queries.pairs)
+    actual = scores_of(cache, positions, statistics, Rope(frequencies, wrong, 64, False), 100)
     assert (actual[:, 0].double() - expected).abs().max() > 0.01 * expected.abs().max()
 
 

@@ -3,61 +3,87 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sglang_tri.kernels.select import aggregate, normalize, select
+from sglang_tri.kernels.moves import Budgets, Moves
+from sglang_tri.kernels.pages import PagedBuffers, Pages
+from sglang_tri.kernels.queries import Queries
+from sglang_tri.kernels.scores import Scores
+from sglang_tri.kernels.select import aggregate, nothing, select
+from sglang_tri.kernels.workspace import Workspace
+from sglang_tri.parts import Geometry, Parts
 
 if TYPE_CHECKING:
     from sglang_tri.config import KvPolicyConfig
-    from sglang_tri.queries import VirtualQueries
-
-
-# Scores that exist at a time; bigger rounds are split by request.
-SCORE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of one round.
+    """The candidates of one round, or of a part of it.
 
     Attributes:
         settings: the requests' settings.
-        keys: per layer [slots, kv_heads, head_dim], the engine's key cache, after RoPE.
-        slots: int64 [requests, candidates], in slot order.
+        keys: the engine's key cache of all layers, after RoPE.
+        key_scale: float32 [layers], what stored keys are to be multiplied by, or None.
+        pages: where the candidates lie, in slot order.
         logical: int64 [requests], logical lengths.
-        kept: how many are to be kept.
+        budgets: how many each request keeps.
         queries: virtual queries, where the policy needs statistics.
+        workspace: memory for results.
     """
 
     settings: KvPolicyConfig
-    keys: Sequence[torch.Tensor]
-    slots: torch.Tensor
+    keys: PagedBuffers
+    key_scale: torch.Tensor | None
+    pages: Pages
     logical: torch.Tensor
-    kept: int
-    queries: VirtualQueries | None
+    budgets: Budgets
+    queries: Queries | None
+    workspace: Workspace
 
     @property
-    def kv_heads(self) -> int:
-        return self.keys[0].shape[1]
+    def layers(self) -> int:
+        return len(self.keys)
 
     @property
-    def score_bytes(self) -> int:
-        """Bytes of one request's float32 scores."""
-        rows = len(self.keys) * self.kv_heads
-        if self.queries is not None:
-            rows = self.queries.magnitude[..., 0].numel()
-        return 4 * rows * self.slots.shape[1]
+    def query_heads(self) -> int:
+        return self.queries.heads if self.queries is not None else self.keys.heads
 
-    def split(self, requests: int) -> Iterator[Candidates]:
-        """The same candidates in parts of at most `requests` requests."""
-        for slots, logical in zip(
-            self.slots.split(requests), self.logical.split(requests), strict=True
-        ):
-            yield replace(self, slots=slots, logical=logical)
+    def geometry(self) -> Geometry:
+        """What the memory of a round depends on."""
+        return Geometry(
+            self.layers,
+            self.query_heads,
+            self.keys.heads,
+            self.settings.eviction_mode == "per-layer-per-head",
+            self.pages.longest,
+            self.budgets.largest,
+        )
+
+    def parts(self) -> Parts:
+        """How much of this is scored at a time."""
+        return Parts.of(self.workspace.size, self.geometry())
+
+    def of_requests(self, first: int, last: int) -> Candidates:
+        """Requests [first, last)."""
+        return replace(
+            self,
+            pages=self.pages.part(first, last),
+            logical=self.logical[first:last],
+            budgets=self.budgets.part(first, last),
+        )
+
+    def of_layers(self, first: int, last: int) -> Candidates:
+        """Layers [first, last)."""
+        return replace(
+            self,
+            keys=self.keys.part(first, last),
+            key_scale=None if self.key_scale is None else self.key_scale[first:last],
+            queries=None if self.queries is None else self.queries.part(first, last),
+        )
 
 
 class Policy(ABC):
@@ -68,13 +94,16 @@ class Policy(ABC):
     needs_live_queries: ClassVar[bool] = False
     keeps_order: ClassVar[bool] = False
 
-    @abstractmethod
-    def keep(self, candidates: Candidates) -> torch.Tensor:
-        """Indices of the kept candidates.
+    @classmethod
+    def by_layer(cls, settings: KvPolicyConfig) -> bool:
+        """Whether each layer has kept sets of its own."""
+        return False
 
-        Returns:
-            int64 [layers or 1, requests, kv_heads or 1, kept], ascending; its last
-            `settings.recent` entries are the last candidates unless `keeps_order`.
+    @abstractmethod
+    def moves(self, candidates: Candidates) -> Moves:
+        """What leaves the kept candidates in the first slots.
+
+        The last `settings.recent` candidates have to end up, in order, in the last of these.
         """
 
 
@@ -82,17 +111,38 @@ class ScoringPolicy(Policy):
     """A policy that gives every candidate a score; the best are kept, and the most recent."""
 
     @abstractmethod
-    def score(self, candidates: Candidates) -> torch.Tensor:
-        """float32 [layers, requests, query_heads, candidates]; higher is kept."""
+    def score(self, candidates: Candidates) -> Scores:
+        """Scores of the candidates in the layers given; higher is kept."""
 
-    def keep(self, candidates: Candidates) -> torch.Tensor:
-        at_once = max(1, SCORE_BYTES // candidates.score_bytes)
-        return torch.cat([self._keep(part) for part in candidates.split(at_once)], 1)
+    @classmethod
+    def by_layer(cls, settings: KvPolicyConfig) -> bool:
+        return settings.eviction_mode == "per-layer-per-head"
 
-    def _keep(self, candidates: Candidates) -> torch.Tensor:
-        settings = candidates.settings
-        scores = self.score(candidates)
-        if settings.normalize:
-            scores = normalize(scores)
-        rows = aggregate(scores, candidates.kv_heads, settings.eviction_mode)
-        return select(rows, candidates.kept, settings.recent)
+    def moves(self, candidates: Candidates) -> Moves:
+        settings, step = candidates.settings, candidates.parts().layers
+        *before, last = range(0, candidates.layers, step)
+        earlier = self._aggregate(candidates, before, step) if before else None
+        return select(
+            self.score(candidates.of_layers(last, candidates.layers)),
+            candidates.pages,
+            candidates.budgets,
+            candidates.keys.heads,
+            settings.eviction_mode,
+            settings.normalize,
+            self.keeps_order,
+            earlier,
+            candidates.workspace,
+        )
+
+    def _aggregate(self, candidates: Candidates, firsts: list[int], step: int) -> torch.Tensor:
+        """What the layers from each of `firsts` on come to, `step` at a time."""
+        settings, pages, memory = candidates.settings, candidates.pages, candidates.workspace
+        heads, mode = candidates.keys.heads, settings.eviction_mode
+        shape = (1, pages.requests, 1 if mode == "union" else heads, pages.longest)
+        rows = memory.take(*shape, dtype=torch.float32).fill_(nothing(mode))
+        used = memory.used
+        for first in firsts:
+            scores = self.score(candidates.of_layers(first, first + step))
+            aggregate(scores, pages, heads, mode, rows, settings.normalize, memory)
+            memory.reset(used)
+        return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sglang_tri.kernels.moves import Moves
 from sglang_tri.policies.base import Candidates, Policy
 
 
@@ -13,14 +14,16 @@ class Streaming(Policy):
     name = "streaming"
     keeps_order = True
 
-    def keep(self, candidates: Candidates) -> torch.Tensor:
-        requests, total = candidates.slots.shape
-        sinks = candidates.settings.sinks
-        device = candidates.slots.device
-        kept = torch.cat(
-            [
-                torch.arange(sinks, device=device),
-                torch.arange(total - candidates.kept + sinks, total, device=device),
-            ]
+    def moves(self, candidates: Candidates) -> Moves:
+        """One set for all layers and heads: everything behind the sinks moves down."""
+        sinks, budgets = candidates.settings.sinks, candidates.budgets
+        counts = candidates.pages.counts()
+        evicted = (counts - budgets.kept).clamp(min=0)
+        target = torch.arange(sinks, max(sinks, budgets.largest), device=counts.device).int()
+        source = target + evicted[:, None].int()
+        moving = (budgets.kept - sinks).where(evicted > 0, 0).int()
+        return Moves(
+            target.expand_as(source)[None, :, None].contiguous(),
+            source[None, :, None].contiguous(),
+            moving[None, :, None].contiguous(),
         )
-        return kept.expand(1, requests, 1, -1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from sglang_tri.kernels.score import score
+from sglang_tri.kernels.scores import Scores
 from sglang_tri.policies.base import Candidates, ScoringPolicy
 
 
@@ -14,14 +13,14 @@ class TriAttention(ScoringPolicy):
     name = "triattention"
     needs_statistics = True
 
-    def score(self, candidates: Candidates) -> torch.Tensor:
-        queries = candidates.queries
-        if queries is None:
+    def score(self, candidates: Candidates) -> Scores:
+        if candidates.queries is None:
             raise RuntimeError("triattention was started without query statistics")
         return score(
             candidates.keys,
-            candidates.slots,
-            queries.at(candidates.logical),
-            queries.magnitude,
-            queries.pairs,
+            candidates.pages,
+            candidates.queries,
+            candidates.logical,
+            candidates.key_scale,
+            candidates.workspace,
         )

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_tri.runtime import Cache
+from sglang_tri.execution import Cache
 from tests.histories.plain import HEADS, LAYERS, mix
 
 
 class Memory:
     """The KV cache: in each slot an entry per layer and head, in K and, altered, in V."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, page_size: int) -> None:
         whole = torch.zeros(slots, LAYERS, HEADS, 4, dtype=torch.int64)
         keys = [whole[:, layer, :, :2] for layer in range(LAYERS)]
         values = [whole[:, layer, :, 2:] for layer in range(LAYERS)]
-        self.cache = Cache(keys, values, keys)
+        self.cache = Cache.of(keys, values, page_size)
         self.rows = whole.numpy().view(np.uint64)
 
     def write(self, slot: int, entry: np.ndarray) -> None:

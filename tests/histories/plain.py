@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sglang_tri.config import KvPolicyConfig
+from sglang_tri.kernels.scores import Scores
 from sglang_tri.policies.base import Candidates, ScoringPolicy
 from tests.histories.loop import EOS, LONGEST
 from tests.histories.tree import salt
@@ -55,10 +56,15 @@ class ByDigest(ScoringPolicy):
 
     name = "triattention"
 
-    def score(self, candidates: Candidates) -> torch.Tensor:
-        layers = [keys[candidates.slots] for keys in candidates.keys]
-        cached = torch.stack(layers, 2).numpy().view(np.uint64)
-        return torch.from_numpy(scores(cached)).permute(2, 0, 3, 1).contiguous()
+    def score(self, candidates: Candidates) -> Scores:
+        keys, pages = candidates.keys, candidates.pages
+        rows = torch.zeros(len(keys), pages.requests, keys.heads, pages.longest)
+        for request in range(pages.requests):
+            place = pages.rows(request)
+            cached = torch.stack([layer[place] for layer in keys.layers]).numpy().view(np.uint64)
+            found = torch.from_numpy(scores(cached))
+            rows[:, request, :, : found.shape[1]] = found.transpose(1, 2)
+        return Scores.of(rows, pages.counts())
 
 
 def next_token(entry: np.ndarray, last: int, mark: Sequence[int]) -> int:

@@ -1,0 +1,299 @@
+"""The score kernel for GPUs.
+
+Every operand of a matrix product is written as a sum of bfloat16 pieces, so that tensor cores give
+what float32 would: a bfloat16 or fp8 key is one piece, a query up to three, which lie side by side
+in columns that the smallest tile has anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_tri.kernels.device import candidates_of, cosine_and_sine, kernel, locate
+from sglang_tri.kernels.pages import PagedBuffers, Pages
+from sglang_tri.kernels.queries import Queries
+from sglang_tri.kernels.scores import SPLITS, Scores
+from sglang_tri.kernels.workspace import Workspace
+
+# bfloat16 pieces that hold a key of each dtype exactly.
+KEY_PIECES = {
+    torch.bfloat16: 1,
+    torch.float8_e4m3fn: 1,
+    torch.float8_e5m2: 1,
+    torch.float8_e4m3fnuz: 1,
+    torch.float8_e5m2fnuz: 1,
+    torch.float16: 2,
+    torch.float32: 3,
+}
+_TRITON = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e5m2: tl.float8e5,
+    torch.float8_e4m3fnuz: tl.float8e4b8,
+    torch.float8_e5m2fnuz: tl.float8e5b16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+# Columns of the smallest tile that tensor cores multiply.
+_COLUMNS = 16
+BLOCK = 64
+
+
+def launch(
+    keys: PagedBuffers,
+    pages: Pages,
+    queries: Queries,
+    positions: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    workspace: Workspace,
+) -> Scores:
+    """See `sglang_tri.kernels.score.score`."""
+    shape = queries.layers, pages.requests, queries.heads
+    rows = workspace.take(*shape, pages.longest, dtype=torch.float32)
+    moments = workspace.take(3, *shape, SPLITS, dtype=torch.float32)
+    if rows.numel() == 0:
+        return Scores(rows, moments.zero_())
+    score_kernel[(keys.heads * SPLITS, pages.requests, queries.layers)](
+        rows,
+        moments,
+        keys.pointers,
+        positions if key_scale is None else key_scale,
+        pages.indptr,
+        pages.indices,
+        pages.last_page_len,
+        pages.skipped,
+        queries.centre,
+        queries.magnitude,
+        queries.frequencies,
+        positions,
+        pages.longest,
+        **variant(keys, queries, key_scale is not None),
+    )
+    return Scores(rows, moments)
+
+
+def variant(keys: PagedBuffers, queries: Queries, scaled: bool) -> dict[str, object]:
+    """Constants that the kernel is compiled for; none depends on a round."""
+    page, token, head = keys.strides
+    group = queries.heads // keys.heads
+    columns = triton.next_power_of_2(group)
+    decode = keys.dtype == torch.float8_e4m3fn and not _has_e4m3(keys.device)
+    return {
+        "KEY": tl.uint8 if decode else _TRITON[keys.dtype],
+        "KEY_PIECES": KEY_PIECES[keys.dtype],
+        # Triton's interpreter, which runs on CPU tensors, cannot multiply bfloat16.
+        "OPERAND": tl.float32 if keys.device.type == "cpu" else tl.bfloat16,
+        "DECODE": decode,
+        "SCALED": scaled,
+        "HEADS": keys.heads,
+        "GROUP": group,
+        "GROUP_COLUMNS": columns,
+        "PIECES": max(2, _COLUMNS // columns),
+        "PAIRS": queries.pairs,
+        "PAIRS_PADDED": max(16, triton.next_power_of_2(queries.pairs)),
+        "ROTATED": queries.rotary_dim // 2,
+        "INTERLEAVED": queries.interleaved,
+        "PAGE_SIZE": keys.page_size,
+        "PAGE_STRIDE": page,
+        "TOKEN_STRIDE": token,
+        "HEAD_STRIDE": head,
+        "SPLITS": SPLITS,
+        "BLOCK": BLOCK,
+        "num_warps": 4 if keys.head_dim <= 128 and columns <= 8 else 8,
+        "num_stages": 3,
+    }
+
+
+def _has_e4m3(device: torch.device) -> bool:
+    """Whether Triton converts this type on the device; NVIDIA's before 8.9 lack it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@triton.jit
+def _piece(x, index):
+    """bfloat16 piece `index` of the sum that x is split into; 0 from the fourth on."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    none = tl.zeros_like(high)
+    return tl.where(index == 0, high, tl.where(index == 1, middle, tl.where(index == 2, low, none)))
+
+
+@triton.jit
+def _product(x, columns, total, PIECES: tl.constexpr, OPERAND: tl.constexpr):
+    """total + x @ columns, with x [rows, inner] as a sum of pieces."""
+    if PIECES == 1:
+        total = tl.dot(x.to(OPERAND), columns.to(OPERAND), total)
+    else:
+        rest = x.to(tl.float32)
+        for _ in tl.static_range(PIECES):
+            part = rest.to(tl.bfloat16)
+            total = tl.dot(part.to(OPERAND), columns.to(OPERAND), total)
+            rest -= part.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _load(address, mask, DECODE: tl.constexpr):
+    """Stored components; with DECODE e4m3 from its bits, which are a float16's without 2^8."""
+    if DECODE:
+        bits = tl.load(address, mask=mask, other=0).to(tl.uint16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256
+        return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+    return tl.load(address, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_pairs(
+    row,
+    inside,
+    PAIRS: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """First and second components [rows, PAIRS_PADDED] of the keys at `row` [rows]."""
+    if INTERLEAVED:
+        component = tl.arange(0, 2 * PAIRS_PADDED)
+        mask = inside[:, None] & (component < 2 * PAIRS)[None, :]
+        whole = _load(row[:, None] + component[None, :], mask, DECODE)
+        return tl.split(tl.reshape(whole, (row.shape[0], PAIRS_PADDED, 2)))
+    pair = tl.arange(0, PAIRS_PADDED)
+    mask = inside[:, None] & (pair < PAIRS)[None, :]
+    if ROTATED == PAIRS:
+        first, second = pair, pair + PAIRS
+    else:
+        first = tl.where(pair < ROTATED, pair, pair + ROTATED)
+        second = tl.where(pair < ROTATED, pair + ROTATED, pair + PAIRS)
+        if ROTATED % 8 == 0 and PAIRS % 8 == 0:
+            first = tl.max_contiguous(tl.multiple_of(first, 8), 8)
+            second = tl.max_contiguous(tl.multiple_of(second, 8), 8)
+    return (
+        _load(row[:, None] + first[None, :], mask, DECODE),
+        _load(row[:, None] + second[None, :], mask, DECODE),
+    )
+
+
+@kernel
+def score_kernel(
+    rows,
+    moments,
+    key_pointers,
+    key_scale,
+    indptr,
+    indices,
+    last_page_len,
+    skipped,
+    centre,
+    magnitude,
+    frequencies,
+    positions,
+    longest,
+    KEY: tl.constexpr,
+    KEY_PIECES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    DECODE: tl.constexpr,
+    SCALED: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One stretch of one request's candidates, for one layer and KV head: its scores and moments.
+
+    Heads lie next to each other in the grid as they do in a token's row.
+    """
+    head = tl.program_id(0) % HEADS
+    stretch = tl.program_id(0) // HEADS
+    request = tl.program_id(1)
+    layer = tl.program_id(2)
+    requests = tl.num_programs(1)
+    layers = tl.num_programs(2)
+
+    page, count, skip = candidates_of(indptr, last_page_len, skipped, request, PAGE_SIZE)
+    length = tl.cdiv(tl.cdiv(count, BLOCK), SPLITS) * BLOCK
+    begin = stretch * length
+    end = tl.minimum(begin + length, count)
+
+    column = tl.arange(0, GROUP_COLUMNS * PIECES)
+    member = column % GROUP_COLUMNS
+    piece = (column // GROUP_COLUMNS)[None, :]
+    pair = tl.arange(0, PAIRS_PADDED)
+    used = (pair < PAIRS)[:, None] & (member < GROUP)[None, :]
+    query_head = (layer * HEADS + head) * GROUP + member
+    weight = magnitude + query_head[None, :] * PAIRS + pair[:, None]
+    weight = tl.load(weight, mask=used, other=0.0)
+    parts = centre + query_head[None, :] * (2 * PAIRS) + pair[:, None]
+    real = tl.load(parts, mask=used, other=0.0)
+    imaginary = tl.load(parts + PAIRS, mask=used, other=0.0)
+    if SCALED:
+        scale = tl.load(key_scale + layer)
+        weight, real, imaginary = weight * scale, real * scale, imaginary * scale
+    # Float32 would lose the phase of a frequency near 1 at positions of tens of thousands.
+    turns = tl.load(positions + request).to(tl.float64) * 0.15915494309189535
+    turns *= tl.load(frequencies + pair, mask=pair < PAIRS, other=0.0)
+    cosine, sine = cosine_and_sine(turns[:, None])
+    first_query = _piece(real * cosine - imaginary * sine, piece)
+    second_query = _piece(real * sine + imaginary * cosine, piece)
+    weight = _piece(weight, piece)
+
+    keys = tl.load(key_pointers + layer).to(tl.pointer_type(KEY))
+    keys = tl.multiple_of(keys, 16) + head * HEAD_STRIDE
+    member = tl.arange(0, GROUP_COLUMNS)
+    row = ((layer * requests + request).to(tl.int64) * HEADS + head) * GROUP + member
+    seen = tl.zeros((GROUP_COLUMNS,), tl.float32)
+    mean = tl.zeros((GROUP_COLUMNS,), tl.float32)
+    squares = tl.zeros((GROUP_COLUMNS,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        candidate = start + tl.arange(0, BLOCK)
+        inside = candidate < end
+        place = locate(
+            indices, page, skip + candidate, inside, PAGE_SIZE, PAGE_STRIDE, TOKEN_STRIDE
+        )
+        first, second = _load_pairs(
+            keys + place, inside, PAIRS, PAIRS_PADDED, ROTATED, INTERLEAVED, DECODE
+        )
+        total = tl.zeros((BLOCK, GROUP_COLUMNS * PIECES), tl.float32)
+        total = _product(first, first_query, total, KEY_PIECES, OPERAND)
+        total = _product(second, second_query, total, KEY_PIECES, OPERAND)
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        modulus = tl.sqrt(first * first + second * second)
+        total = _product(modulus, weight, total, 2 if KEY_PIECES == 1 else 3, OPERAND)
+        score = tl.sum(tl.reshape(total, (BLOCK, PIECES, GROUP_COLUMNS)), 1)
+        finite = tl.abs(score) < float("inf")
+        score = tl.where(finite, score, float("-inf"))
+        place = rows + row[None, :] * longest + candidate[:, None]
+        tl.store(place, score, mask=inside[:, None] & (member < GROUP)[None, :])
+
+        # Chan, Golub, LeVeque 1983: merge the moments of this block into those before it.
+        finite = finite & inside[:, None]
+        more = tl.sum(finite.to(tl.float32), 0)
+        centre_of_more = tl.sum(tl.where(finite, score, 0.0), 0) / tl.maximum(more, 1.0)
+        distance = tl.where(finite, score - centre_of_more[None, :], 0.0)
+        step = centre_of_more - mean
+        both = tl.maximum(seen + more, 1.0)
+        squares += tl.sum(distance * distance, 0) + step * step * (seen * more / both)
+        mean += step * (more / both)
+        seen += more
+    place = moments + row * SPLITS + stretch
+    plane = (layers * requests).to(tl.int64) * (HEADS * GROUP * SPLITS)
+    tl.store(place, seen, mask=member < GROUP)
+    tl.store(place + plane, mean, mask=member < GROUP)
+    tl.store(place + 2 * plane, squares, mask=member < GROUP)
