@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tests.interpreted  # noqa: F401 - before anything that imports a kernel
 from bench.server import Server
 from bench.tiny_models import make_model, make_stats
 from sglang_tri import stats

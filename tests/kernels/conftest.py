@@ -1,0 +1,42 @@
+"""Both back ends of every kernel: plain torch, and Triton's on a GPU or in its interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_tri.kernels import compact, score, select
+from tests.interpreted import INTERPRET, ON_GPU
+
+MODULES = (score, select, compact)
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The Triton kernels run; returns where tensors have to be."""
+    if not ON_GPU:
+        monkeypatch.setenv(INTERPRET, "1")
+    for module in MODULES:
+        monkeypatch.setattr(module, "has_triton", lambda _: True)
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def device(backend: str, request: pytest.FixtureRequest) -> torch.device:
+    """Where tensors have to be for the back end."""
+    if backend == "triton":
+        found: torch.device = request.getfixturevalue("on_triton")
+        return found
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def tolerance(backend: str) -> float:
+    """Of scores of bfloat16 keys, relative to the largest: Triton's kernel has 16 bits."""
+    return 2e-5 if backend == "triton" else 3e-6
