@@ -62,18 +62,29 @@ class Cache:
         compact(parts, pages, moves)
 
 
-def execute(policy: Policy, candidates: Candidates, cache: Cache) -> Iterator[list[Moves]]:
+def execute(
+    policy: Policy, candidates: Candidates, cache: Cache, trace: bool = False
+) -> torch.Tensor | None:
     """Run a round.
 
-    Yields:
-        The moves that were made for some requests at a time: of all layers, or of some after the
-        others. They are valid until the next step.
+    Returns:
+        With `trace`, which candidate each slot holds now: int64 [layers or 1, requests, kv_heads or
+        1, kept].
     """
     parts = candidates.parts()
     layers = parts.layers if policy.by_layer(candidates.settings) else candidates.layers
+    packed = []
     for first in range(0, candidates.pages.requests, parts.requests):
         some = candidates.of_requests(first, first + parts.requests)
-        yield list(_run(policy, some, cache, layers))
+        for moves in _run(policy, some, cache, layers):
+            if trace:
+                # The next part takes the memory that the moves lie in.
+                packed.append(moves.packed(candidates.budgets.largest))
+    if not trace:
+        return None
+    each = -(-candidates.layers // layers)
+    of_requests = [torch.cat(packed[first : first + each]) for first in range(0, len(packed), each)]
+    return torch.cat(of_requests, 1)
 
 
 def _run(policy: Policy, candidates: Candidates, cache: Cache, step: int) -> Iterator[Moves]:

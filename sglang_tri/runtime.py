@@ -177,13 +177,10 @@ class Runtime:
             self.queries,
             self.workspace,
         )
-        packed = []
-        for moves in execute(policy, candidates, self.cache):
-            if self._observer is not None:
-                packed.append(torch.cat([part.packed(planned.budgets.largest) for part in moves]))
+        packed = execute(policy, candidates, self.cache, trace=self._observer is not None)
         self.deltas[planned.rows] = planned.deltas
-        if self._observer is not None:
-            self._observer(planned, torch.cat(packed, 1))
+        if self._observer is not None and packed is not None:
+            self._observer(planned, packed)
 
     @property
     def shifts_positions(self) -> bool:

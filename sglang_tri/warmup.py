@@ -39,8 +39,7 @@ def run(runtime: Runtime, variants: Iterable[KvPolicyConfig]) -> None:
         if policy.needs_statistics and runtime.queries is None:
             continue  # No request may ask for it, see `Runtime.check_runnable`.
         for workspace in (runtime.workspace, _small(runtime, settings)):
-            for _ in execute(policy(), _padding(runtime, settings, workspace), runtime.cache):
-                pass
+            execute(policy(), _padding(runtime, settings, workspace), runtime.cache)
     if runtime.cache.device.type == "cuda":
         torch.cuda.synchronize(runtime.cache.device)
 

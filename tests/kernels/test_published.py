@@ -148,13 +148,8 @@ def test_official_statistics(
     head_dim = statistics.shape[2]
     theta = ROPE_THETA.get(name, 1e4)
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    compare(
-        statistics,
-        Rope(frequencies, factor, head_dim, False),
-        kv_heads=4,
-        logical=20_000,
-        device=device,
-    )
+    rope = Rope(frequencies, factor, head_dim, False)
+    compare(statistics, rope, 4, 20_000, device, tolerance)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
