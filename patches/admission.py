@@ -71,9 +71,9 @@ def reserve(
         slots = footprint.slots_for(state.settings, remaining, adder.page_size)
         with adapter.expecting(req, slots):
             return original(adder, req, *args, **kwargs)
-    # Of its tokens, too, only as many as fit into its region are in slots at once.
+    # Of its tokens, too, only as many as fit into its regions are in slots at once.
     rest = adapter.remaining_prefill(req)
-    room = resume.last_region(req, state).limit - len(req.prefix_indices)
+    room = resume.limit(req, state) - len(req.prefix_indices)
     with adapter.expecting(req, min(rest + remaining, room) - rest):
         return original(adder, req, *args, **kwargs)
 

@@ -75,6 +75,15 @@ def tokens_until_round(req: Req, state: RequestState) -> int | None:
     return (region.start if in_prompt else region.due_at) - physical
 
 
+def limit(req: Req, state: RequestState) -> int:
+    """Physical length that a resumed request does not exceed before it decodes."""
+    region = last_region(req, state)
+    prefills_thinking = not state.takes_back and (state.thinking or not state.regions)
+    if prefills_thinking and thinking.position(req, state) is not None:
+        return region.limit + region.limit - region.start
+    return region.limit
+
+
 def last_region(req: Req, state: RequestState) -> Region:
     """The region that a resumed request will be in, or is in."""
     regions = state.regions

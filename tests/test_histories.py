@@ -49,7 +49,7 @@ from tests.histories.book import Book, Request, Store
 from tests.histories.hooked import hooked
 from tests.histories.loop import FORCE_MISS, LONGEST, ROWS, Loop, Setup
 from tests.histories.memory import Memory
-from tests.histories.plain import ByDigest, Plain
+from tests.histories.plain import THINK, ByDigest, Plain
 from tests.histories.tree import Tree
 
 DEFAULT_EXAMPLES = 8
@@ -290,12 +290,13 @@ def server() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def started(overlap: bool, policy: str) -> Any:
+def started(overlap: bool, policy: str, chunk: int = 512, marks: bool = False) -> Any:
     """Users of a server with single slots, for one history in particular."""
     kind = {"page_size": 1, "overlap": overlap, "totals": Counter()}
     users = type("Users", (Histories,), kind)()
-    setup = {"slots": 256, "chunk": 512, "policy": policy, "optimism": 0.1}
-    users.start({**setup, "preempts": False, "forces_miss": False}, [], 1000, False, False)
+    setup = {"slots": 256, "chunk": chunk, "policy": policy, "optimism": 0.1}
+    mark = [THINK] if marks else []
+    users.start({**setup, "preempts": False, "forces_miss": False}, mark, 1000, False, False)
     return users
 
 
@@ -326,6 +327,27 @@ def test_retracted_when_a_round_is_due(overlap: bool) -> None:
         users.run(1)
     users.retract("all", 20)
     assert users.book.done["retracted compressed"] == 1
+    users.finish()
+
+
+def test_prefilled_anew_over_the_end_of_thinking() -> None:
+    """In a region before it and one behind it: it waits until there is room for both."""
+    users = started(overlap=False, policy="fcfs", chunk=8, marks=True)
+    users.ask([Ask("new", 0, tuple(range(32, 38)), (11,), 0, 0, 0, 60, 1, 0)], 30)
+    (request,) = users.book.requests.values()
+    assert request.plain.closed == 1
+    users.retract("all", 0)
+    users.loop.evict(LONGEST)
+    users.audit.taken = users.loop.take_all()
+    while not users.loop.running_batch.reqs:
+        if users.loop.chunked_req is None:
+            users.loop.give_back(users.audit.taken[:1])
+            users.audit.taken = users.audit.taken[1:]
+            users.loop.running_batch.batch_is_full = False
+        users.run(1)
+    assert users.book.done["rounds in a prefill"]
+    users.loop.give_back(users.audit.taken)
+    users.audit.taken = users.audit.taken[:0]
     users.finish()
 
 

@@ -35,6 +35,7 @@ class Request:
         slots: its slots at its last forward pass.
         cached: tokens that it found when it was first admitted.
         first_history: "compressed" if they were, or "exact"; nothing before.
+        left: number of the last span that it has left.
         replays: whether it is prefilled with what it had generated before, as that was decoded.
     """
 
@@ -45,6 +46,7 @@ class Request:
         self.slots = np.empty(0, np.int64)
         self.cached: int | None = None
         self.first_history = ""
+        self.left: int | None = None
         self.replays = False
 
     @property
@@ -242,6 +244,9 @@ class Book:
         if self._setup.forces_miss or not request.plain.reusable:
             assert not spans
             return
+        # What it left itself comes first, also where others have come to share that since.
+        if spans and spans[-1].number == request.left:
+            return
         for number in self._store.numbers & set(self._tree.read().spans):
             written = self.spans[number]
             if written.serves(request, self._sought(request, wanted)):
@@ -323,6 +328,7 @@ class Book:
                 other.replaced = True
                 self.done["histories replaced"] += 1
         self.spans[span.number] = written
+        request.left = span.number
         steps = request.paths(chain.spans)
         for place in range(span.last_slot, self._next_start(request, span)):
             self._learn(steps[place], entries[place], exact=False)
