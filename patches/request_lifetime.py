@@ -37,7 +37,7 @@ def admit(scheduler: Scheduler, req: Req, is_retracted: bool = False) -> None:
             raise KvPolicyError(
                 "custom_params['kv_policy'] is not public: set --kv-policy for the whole server."
             )
-        state = active.get().runtime.admit(req.rid, overrides, req.extra_key)
+        state = active.get().runtime.admit(req.rid, req.origin_input_ids, overrides, req.extra_key)
         adapter.attach_state(req, state)
     except KvPolicyError as error:
         req.set_finish_with_abort(str(error))

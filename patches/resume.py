@@ -40,7 +40,7 @@ def first_region(req: Req, state: RequestState) -> Region:
     """The private region behind the prompt of a request whose slots hold nothing of it yet."""
     chain, page_size = state.chain, active.get().runtime.page_size
     prompt = chain.physical_length(len(req.origin_input_ids))
-    return Region.open(state.settings, prompt, chain.delta, page_size)
+    return Region.open(state.settings, prompt, chain.delta, page_size, state.early)
 
 
 def next_chunk(req: Req, state: RequestState) -> None:

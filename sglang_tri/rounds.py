@@ -6,6 +6,8 @@ prompt region [0, start), which is never touched, and its private region [start,
 
 from __future__ import annotations
 
+import zlib
+from array import array
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +24,26 @@ def ceil_to(length: int, page_size: int) -> int:
     return -(-length // page_size) * page_size
 
 
+def head_start(settings: KvPolicyConfig, prompt: array[int], page_size: int) -> int:
+    """Slots by which a request's first round comes before its first private region is full.
+
+    Requests that are admitted together would otherwise fall due in the same step, round after
+    round. It depends on the prompt alone, so that a request gives the same output whatever runs
+    beside it, and when it is prefilled anew. The first round evicts a page at least, and finds
+    its most recent tokens behind the slots that survive.
+
+    Args:
+        settings: of the request.
+        prompt: its token ids, int64.
+        page_size: slots per page.
+
+    Returns:
+        Whole pages, at most ceil(interval) - recent slots.
+    """
+    most = ceil_to(settings.interval, page_size) - max(1, settings.recent)
+    return zlib.crc32(prompt) % (most // page_size + 1) * page_size
+
+
 @dataclass(slots=True)
 class Region:
     """A private region of one request, from a prefill (or the end of thinking) on.
@@ -35,6 +57,7 @@ class Region:
         before: logical minus physical length at its start.
         plain_tail: of the kept slots those at the end that hold the most recent tokens, the same
             in every head and in order.
+        early: slots by which its next round comes before it is full.
         evicted: tokens evicted from it.
         positions: logical positions by slot, kept only while a trace is written.
     """
@@ -45,23 +68,26 @@ class Region:
     limit: int
     before: int
     plain_tail: int
+    early: int = 0
     evicted: int = 0
     positions: torch.Tensor | None = None
 
     @classmethod
-    def open(cls, settings: KvPolicyConfig, length: int, before: int, page_size: int) -> Region:
+    def open(
+        cls, settings: KvPolicyConfig, length: int, before: int, page_size: int, early: int = 0
+    ) -> Region:
         """A region behind `length` slots, which hold `length + before` tokens."""
         start = ceil_to(length, page_size)
         kept = ceil_to(settings.budget, page_size)
         limit = start + kept + ceil_to(settings.interval, page_size)
         # A span has at least one slot: without one, nothing in the prefix cache would tell it.
         span = max(page_size, ceil_to(kept - settings.recent, page_size))
-        return cls(length, start, kept, limit, before, kept - span)
+        return cls(length, start, kept, limit, before, kept - span, early)
 
     @property
     def due_at(self) -> int:
         """Physical length at which its next round is due."""
-        return self.limit
+        return self.limit - self.early
 
     @property
     def candidates(self) -> int:
@@ -83,6 +109,7 @@ class Region:
         """Its round is planned; returns how many tokens it evicts."""
         evicted = self.candidates - self.kept
         self.evicted += evicted
+        self.early = 0
         return evicted
 
 
@@ -110,6 +137,7 @@ class RequestState:
         rid: the request's id.
         settings: its settings.
         lookup: for finding compressed history.
+        early: see `head_start`.
         rounds, evicted_tokens: totals.
         history: the compressed history that its prefix was found under.
         regions: its private regions; the last one is open.
@@ -126,6 +154,7 @@ class RequestState:
     rid: str
     settings: KvPolicyConfig
     lookup: Lookup
+    early: int = 0
     rounds: int = 0
     evicted_tokens: int = 0
     history: Alias | None = None
@@ -155,7 +184,8 @@ class RequestState:
 
     def open_region(self, length: int, page_size: int) -> Region:
         """Nothing in the first `length` slots is evicted from now on."""
-        self.regions.append(Region.open(self.settings, length, self.delta, page_size))
+        early = 0 if self.regions else self.early
+        self.regions.append(Region.open(self.settings, length, self.delta, page_size, early))
         return self.regions[-1]
 
 

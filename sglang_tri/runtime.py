@@ -6,6 +6,7 @@ survivors are packed into the first slots of the private region and its tail is 
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,15 @@ from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.parts import WORKSPACE_BYTES, Geometry, Parts
 from sglang_tri.policies import POLICIES
 from sglang_tri.policies.base import Candidates
-from sglang_tri.rounds import Counters, Due, Region, RequestState, Round, ceil_to
+from sglang_tri.rounds import (
+    Counters,
+    Due,
+    Region,
+    RequestState,
+    Round,
+    ceil_to,
+    head_start,
+)
 
 # A plan is made on one stream and read on another: its tensors must outlive both in-flight steps.
 _STEPS_KEPT_ALIVE = 4
@@ -97,12 +106,17 @@ class Runtime:
         )
 
     def admit(
-        self, rid: str, overrides: Mapping[str, Any], extra_key: str | None = None
+        self,
+        rid: str,
+        prompt: array[int],
+        overrides: Mapping[str, Any],
+        extra_key: str | None = None,
     ) -> RequestState | None:
         """State for a new request, or None where its policy is `none`.
 
         Args:
             rid: the request's id.
+            prompt: its token ids.
             overrides: settings of its own.
             extra_key: what keeps its prefixes apart from others' (adapter, salt).
 
@@ -113,7 +127,8 @@ class Runtime:
         self.check_runnable(settings)
         if not settings.enabled:
             return None
-        return RequestState(rid, settings, Lookup((settings, extra_key)))
+        early = head_start(settings, prompt, self.page_size)
+        return RequestState(rid, settings, Lookup((settings, extra_key)), early)
 
     def settings_of(self, overrides: Mapping[str, Any]) -> KvPolicyConfig:
         """The server's settings with some of a request's own."""

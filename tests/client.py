@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.simulator.policies import Policy, make_policy
+from bench.simulator.request import head_start
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
 
@@ -82,6 +83,11 @@ def simulated(own: dict[str, Any]) -> Policy:
     if name == "triattention":
         settings["mode"] = settings.pop("eviction_mode", "per-head")
     return make_policy(name, **settings)
+
+
+def early(running: Running, prompt: list[int], own: dict[str, Any] | None = None) -> int:
+    """Slots by which the first round of a request precedes a full region."""
+    return head_start(simulated(own or {}), prompt, running.setup.page_size)
 
 
 def recorded_rounds(folder: Path, rid: str) -> list[np.ndarray]:

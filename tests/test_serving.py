@@ -11,11 +11,12 @@ from typing import Any
 import openai
 import pytest
 import requests
+from transformers import AutoTokenizer
 
-from tests.client import Ask, send, send_all, tokens_of
+from tests.client import Ask, early, send, send_all, tokens_of
 from tests.conftest import Running
 from tests.probing import ask
-from tests.setups import BUDGET, INTERVAL
+from tests.setups import BUDGET, INTERVAL, THINKING
 
 OVERLAP = pytest.mark.parametrize("server", ["page1-overlap", "page4-overlap"], indirect=True)
 ONE = pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
@@ -175,6 +176,17 @@ def test_flush_cache(server: Running) -> None:
     wait_idle(server)
 
 
+def chat_tokens(server: Running) -> list[int]:
+    """PROMPT as the only message, as the server's chat template writes it."""
+    tokens: list[int] = AutoTokenizer.from_pretrained(server.model).apply_chat_template(
+        [{"role": "user", "content": PROMPT}],
+        chat_template=THINKING.read_text(),
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return tokens
+
+
 @ONE
 def test_chat_with_the_openai_client(server: Running) -> None:
     client = openai.OpenAI(base_url=f"{server.server.url}/v1", api_key="none")
@@ -187,8 +199,10 @@ def test_chat_with_the_openai_client(server: Running) -> None:
     )
     info = answer.choices[0].meta_info["kv_policy"]  # type: ignore[attr-defined]
     assert set(info) == {"history", "rounds", "evicted_tokens", "resident_slots"}
-    assert info["evicted_tokens"] == info["rounds"] * INTERVAL
     assert answer.usage is not None
+    prompt = chat_tokens(server)
+    assert len(prompt) == answer.usage.prompt_tokens
+    assert info["evicted_tokens"] == info["rounds"] * INTERVAL - early(server, prompt)
     assert info["resident_slots"] <= answer.usage.prompt_tokens + BUDGET + INTERVAL
 
 
@@ -198,11 +212,8 @@ def test_server_info_and_log(server: Running) -> None:
     rounds = generate(server)["meta_info"]["kv_policy"]["rounds"]
     after = server.server.kv_policy()
     changed = {key: after[key] - before[key] for key in ("rounds", "evicted_tokens", "freed_slots")}
-    assert changed == {
-        "rounds": rounds,
-        "evicted_tokens": rounds * INTERVAL,
-        "freed_slots": rounds * INTERVAL,
-    }
+    evicted = rounds * INTERVAL - early(server, tokens_of(PROMPT))
+    assert changed == {"rounds": rounds, "evicted_tokens": evicted, "freed_slots": evicted}
     assert after["requests_evicted"] == before["requests_evicted"] + 1
     assert [after[key] for key in ("policy", "mode", "budget", "interval")] == [
         "triattention",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+import zlib
+from array import array
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,12 @@ def test_streaming_keeps_sinks_and_last(qwen3: Oracle, page: int, kept: list[lis
     assert found == [([[row]], math.inf) for row in kept]
 
 
+def early(prompt: list[int], interval: int, recent: int, page: int) -> int:
+    """Tokens by which the first round precedes the others; `interval` in whole pages."""
+    choices = range(0, max(0, interval - max(recent, 1)) + 1, page)
+    return choices[zlib.crc32(array("q", prompt).tobytes()) % len(choices)]
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     *(st.integers(1, 37), st.integers(1, 80), st.integers(6, 20), st.integers(1, 12)),
@@ -283,10 +291,11 @@ def test_schedule_bound_and_recents(
     replay = qwen3.replay(PROMPT[:prompt], TEXT[:outputs], policy, page)
     start, keep, more = (math.ceil(size / page) * page for size in (prompt, budget, interval))
     rounds, physical, resident = [], [prompt], prompt
+    due = keep + more - early(PROMPT[:prompt], more, policy.recent, page)
     for k in range(1, outputs):
-        if resident - start >= keep + more:
+        if resident - start >= due:
             rounds.append((k, prompt + k - 1, resident - start))
-            resident = start + keep
+            resident, due = start + keep, keep + more
         resident += 1
         physical.append(resident)
     assert [(done.step, done.length, done.candidates) for done in replay.rounds] == rounds
@@ -345,11 +354,11 @@ def test_near_tie_follows_the_record(folder: Path) -> None:
     oracle = Oracle(folder / "qwen3")
     zero = torch.zeros(LAYERS, HEADS, HEAD_DIM // 2, dtype=torch.float64)
     oracle.stats = Stats(mean=zero.to(torch.complex128), abs_mean=zero)
-    policy = TriAttention(8, 4, recent=2)
+    policy = TriAttention(8, 4, recent=4)
     own = oracle.replay(PROMPT[:10], TEXT[:16], policy)
-    ties = [10, 11, 12, 13, 14, 15, 20, 21]
+    ties = [10, 11, 12, 13, 18, 19, 20, 21]
     assert [(done.kept.tolist(), done.margin) for done in own.rounds] == [([[ties, ties]], 0.0)]
-    other = [12, 13, 14, 15, 16, 17, 20, 21]
+    other = [12, 13, 14, 15, 18, 19, 20, 21]
     followed = oracle.replay(PROMPT[:10], TEXT[:16], policy, recorded=[[[ties, other]]])
     assert followed.followed == followed.rounds[0].followed == 1
     assert followed.rounds[0].kept.tolist() == [[ties, other]]
@@ -380,7 +389,7 @@ def test_what_it_cannot_do_is_refused(folder: Path, qwen3: Oracle) -> None:
 def test_policies_by_name() -> None:
     assert isinstance(make_policy("none", 64, 32), NoEviction)
     options = vars(make_policy("streaming", 64, 32, sinks=2))
-    assert options == {"budget": 64, "interval": 32, "sinks": 2}
+    assert options == {"budget": 64, "interval": 32, "recent": 16, "sinks": 2}
     options = vars(make_policy("triattention", 64, 32))
     assert (options["mode"], options["recent"], options["normalize"]) == ("per-head", 16, True)
 

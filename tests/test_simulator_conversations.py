@@ -24,6 +24,7 @@ from bench.simulator import (
     TriAttention,
 )
 from bench.tiny_models import calibration_text, make_model, make_stats
+from tests.test_simulator import early
 
 LAYERS, HEADS, KV_HEADS = 4, 4, 2
 KEEP, MORE = 12, 4
@@ -71,19 +72,27 @@ def up(tokens: int, page: int) -> int:
 
 
 def schedule(
-    physical: int, length: int, outputs: int, page: int, closes: tuple[int, ...] = ()
+    physical: int,
+    length: int,
+    outputs: int,
+    page: int,
+    closes: tuple[int, ...] = (),
+    more: int = MORE,
+    early: int = 0,
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """Rounds as (logical length, candidates), and what is resident at each output token.
 
-    physical, length: of the prompt.
+    physical, length: of the prompt; more: the interval; early: so much precedes the first round
+    of the first region what is due.
     """
     start, rounds, resident = up(physical, page), [], [physical]
+    due = KEEP + more - early
     for step in range(1, outputs):
         if step - 1 in closes:
-            start = up(physical, page)
-        if physical - start >= KEEP + MORE:
+            start, due = up(physical, page), KEEP + more
+        if physical - start >= due:
             rounds.append((length, physical - start))
-            physical = start + KEEP
+            physical, due = start + KEEP, KEEP + more
         physical, length = physical + 1, length + 1
         resident.append(physical)
     return rounds, resident
@@ -322,6 +331,27 @@ def test_round_before_a_restart(oracle: Oracle, page: int, all_anew: bool, overl
     same(judged.logprobs, np.concatenate([first.logprobs, second.logprobs]))
     assert held(judged) == held(first) + held(second)
     assert (judged.surplus, judged.followed) == (int(overlap), 0)
+
+
+@BOTH_PAGES
+@pytest.mark.parametrize("closes", [(), (9,), (30,)])
+def test_first_rounds_are_early(oracle: Oracle, page: int, closes: tuple[int, ...]) -> None:
+    """As the prompt of a turn has it, and again after a restart; not behind a close."""
+    more, recent = 12, 2
+    policy = TriAttention(KEEP, more, recent=recent)
+    talk = oracle.conversation(policy, page)
+    first = talk.turn(PROMPT, ANSWER, 0, closes=closes)
+    question = TALK + TEXT[:ASKED]
+    earlier = [early(prompt, more, recent, page) for prompt in (PROMPT, question)]
+    assert 0 < earlier[0] != earlier[1]
+    expected = schedule(37, 37, len(ANSWER), page, closes, more, earlier[0])
+    assert (held(first), first.physical.tolist()) == expected
+    asked, kept = len(question), talk.physical + ASKED
+    second = talk.turn(question, TEXT[ASKED : ASKED + ANSWERED], len(TALK))
+    assert held(second) == schedule(kept, asked, ANSWERED, page, (), more, earlier[1])[0]
+    restarted = oracle.replay(PROMPT, ANSWER, policy, page, restarts=[Restart(20, 0)])
+    again = schedule(57, 57, len(ANSWER) - 20, page, (), more, earlier[0])[0]
+    assert held(restarted)[-len(again) :] == again
 
 
 def test_what_is_no_continuation_is_refused(oracle: Oracle) -> None:

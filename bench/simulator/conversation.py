@@ -87,7 +87,7 @@ class Conversation:
         history, tokens = self.history.fork(), prompt + outputs
         ledger = Ledger(self.policy, self.stats, recorded, tolerance)
         trace = Trace(self.decoder, keep_logits)
-        request = Request(self.decoder, history, self.page_size, ledger)
+        request = Request(self.decoder, history, self.page_size, ledger, prompt)
         firsts, reuses = zip(Restart(0, cached), *restarts, strict=True)
         ends = [*firsts[1:], len(outputs)]
         for first, end, reused in zip(firsts, ends, reuses, strict=True):

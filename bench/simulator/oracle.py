@@ -70,7 +70,7 @@ class Oracle:
         ledger = Ledger(policy, self.stats, None, 0.0)
         trace = Trace(self.decoder, keep_logits)
         history = History(self.decoder.new_cache())
-        request = Request(self.decoder, history, page_size, ledger)
+        request = Request(self.decoder, history, page_size, ledger, prompt_ids)
         trace.add(request.prefill(list(prompt_ids), 0), history.physical)
         for step in range(1, n):
             if request.steps_until_round() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +47,17 @@ class Ranking:
 
 
 class Policy(ABC):
-    """Budget and interval are in tokens, before rounding up to whole pages."""
+    """Budget and interval are in tokens, before rounding up to whole pages.
 
-    def __init__(self, budget: int, interval: int) -> None:
+    `recent`: so many tokens at least are there beyond the budget when a round is held.
+    """
+
+    def __init__(self, budget: int, interval: int, recent: int) -> None:
         if budget < 1 or interval < 1:
             raise ValueError(f"budget {budget}, interval {interval}: both at least 1")
         self.budget = budget
         self.interval = interval
+        self.recent = recent
 
     @property
     def evicts(self) -> bool:
@@ -68,7 +73,7 @@ class NoEviction(Policy):
     """Keeps everything."""
 
     def __init__(self) -> None:
-        super().__init__(1, 1)
+        super().__init__(1, 1, 0)
 
     @property
     def evicts(self) -> bool:
@@ -81,8 +86,8 @@ class NoEviction(Policy):
 class Streaming(Policy):
     """StreamingLLM (arXiv 2309.17453) over the generation: its first tokens and its last."""
 
-    def __init__(self, budget: int, interval: int, sinks: int = 4) -> None:
-        super().__init__(budget, interval)
+    def __init__(self, budget: int, interval: int, sinks: int = 4, recent: int = 16) -> None:
+        super().__init__(budget, interval, recent)
         if not 0 <= sinks <= budget:
             raise ValueError(f"{sinks} sinks in a budget of {budget}")
         self.sinks = sinks
@@ -105,12 +110,11 @@ class TriAttention(Policy):
         mode: str = "per-head",
         normalize: bool = True,
     ) -> None:
-        super().__init__(budget, interval)
+        super().__init__(budget, interval, recent)
         if not 0 <= recent <= budget:
             raise ValueError(f"{recent} recent tokens in a budget of {budget}")
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}: one of {', '.join(MODES)}")
-        self.recent = recent
         self.mode = mode
         self.normalize = normalize
 
@@ -150,7 +154,7 @@ def make_policy(name: str, budget: int = 1, interval: int = 1, **options: object
     """A policy by the name that the server uses: none, streaming or triattention."""
     if name == "none":
         return NoEviction()
-    kinds: dict[str, type[Policy]] = {
+    kinds: dict[str, Callable[..., Policy]] = {
         "streaming": Streaming,
         "triattention": TriAttention,
     }

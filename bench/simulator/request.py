@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,14 @@ class Ledger:
 class Request:
     """Extends a history by tokens, and evicts within a private region at its end."""
 
-    def __init__(self, decoder: Decoder, history: History, page_size: int, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        history: History,
+        page_size: int,
+        ledger: Ledger,
+        prompt: Sequence[int],
+    ) -> None:
         policy = ledger.policy
         self.decoder = decoder
         self.history = history
@@ -95,6 +103,7 @@ class Request:
         self.ledger = ledger
         self.keep = round_up(policy.budget, page_size)
         self.limit = self.keep + round_up(policy.interval, page_size)
+        self.early = head_start(policy, prompt, page_size)
         self.open_region()
 
     def open_region(self) -> None:
@@ -103,6 +112,8 @@ class Request:
         """Slots (list places) below are never evicted."""
         self.begin = self.start + self.history.delta
         """Logical position of the first token in the region."""
+        self.due = self.limit
+        """Tokens in the region when its next round is held."""
 
     def prefill(self, ids: list[int], reused: int) -> torch.Tensor:
         """Cut the history back to the first `reused` of these tokens, feed the others.
@@ -114,13 +125,14 @@ class Request:
         self.history.truncate(reused)
         hidden = self.feed(ids[reused:])[-1:]
         self.open_region()
+        self.due -= self.early
         return hidden
 
     def steps_until_round(self) -> int | None:
         """Decode steps that run before the next round; None: there will be none."""
         if not self.ledger.policy.evicts:
             return None
-        return max(0, self.start + self.limit - self.history.physical)
+        return max(0, self.start + self.due - self.history.physical)
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Run these tokens at the next logical positions; final hidden states [T, width]."""
@@ -143,8 +155,21 @@ class Request:
         index = self.ledger.decide(step, candidates)
         shared = index.expand(len(cache), self.decoder.kv_heads, -1)
         self.history.keep(self.start, self.begin, shared)
+        self.due = self.limit
 
 
 def round_up(tokens: int, page_size: int) -> int:
     """Tokens in whole pages."""
     return -(-tokens // page_size) * page_size
+
+
+def head_start(policy: Policy, prompt: Sequence[int], page_size: int) -> int:
+    """Tokens by which the first round behind a prefill precedes a full region.
+
+    A number of whole pages that the prompt draws by its checksum, so that requests that begin
+    together do not evict together. At least max(1, recent) tokens of the interval are there.
+    """
+    spare = round_up(policy.interval, page_size) - max(1, policy.recent)
+    pages = max(0, spare) // page_size
+    checksum = zlib.crc32(np.asarray(prompt, dtype="<i8").tobytes())
+    return checksum % (pages + 1) * page_size

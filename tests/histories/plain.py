@@ -7,6 +7,7 @@ read from a wrong slot, at a wrong position or over another history shows in eve
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -90,10 +91,16 @@ def in_order(entries: np.ndarray, parts: Iterable[tuple[int, int]]) -> np.ndarra
 
 @dataclass
 class Region:
-    """Entries of one request from `start` on, of which `kept` survive when there are `due`."""
+    """Entries of one request from `start` on, of which `kept` survive a round.
+
+    Attributes:
+        most: length that it never exceeds.
+        due: length at its next round.
+    """
 
     start: int
     kept: int
+    most: int
     due: int
     evicted: int = 0
 
@@ -235,7 +242,15 @@ class Plain:
 
     def _open(self, settings: KvPolicyConfig) -> None:
         start, kept = self._whole(self.length), self._whole(settings.budget)
-        self.regions.append(Region(start, kept, start + kept + self._whole(settings.interval)))
+        most = start + kept + self._whole(settings.interval)
+        early = 0 if self.regions else self._early(settings)
+        self.regions.append(Region(start, kept, most, most - early))
+
+    def _early(self, settings: KvPolicyConfig) -> int:
+        """Slots that the prompt's first round does not wait for, in pages."""
+        page = self._page_size
+        pages = (self._whole(settings.interval) - max(settings.recent, 1)) // page
+        return zlib.crc32(np.array(self.prompt, np.int64)) % (1 + pages) * page
 
     def _whole(self, length: int) -> int:
         """Whole pages."""
@@ -254,6 +269,7 @@ class Plain:
         chosen = _chosen(candidates, region.kept, settings)
         survivors = np.take_along_axis(candidates, chosen[..., None], 0)
         self.replace(region.start, survivors)
+        region.due = region.most
         lost = len(candidates) - region.kept
         region.evicted += lost
         self.fresh = True
