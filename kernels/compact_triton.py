@@ -54,6 +54,7 @@ def variant(cache: PagedBuffers, per_head: bool) -> dict[str, object]:
         "HEAD_STRIDE": head,
         "BLOCK": _BLOCK,
         "num_warps": 4,
+        "num_stages": 3,
     }
 
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_tri.kernels.backend import Traits, traits
 from sglang_tri.kernels.device import candidates_of, cosine_and_sine, kernel, locate
 from sglang_tri.kernels.pages import PagedBuffers, Pages
 from sglang_tri.kernels.queries import Queries
@@ -36,9 +37,10 @@ _TRITON = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
+# 8-bit floats that are read bit by bit where the device does not know them.
+_DECODED = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 # Columns of the smallest tile that tensor cores multiply.
 _COLUMNS = 16
-BLOCK = 64
 
 
 def launch(
@@ -69,22 +71,26 @@ def launch(
         queries.frequencies,
         positions,
         pages.longest,
-        **variant(keys, queries, key_scale is not None),
+        **variant(keys, queries, key_scale is not None, traits(keys.device)),
     )
     return Scores(rows, moments)
 
 
-def variant(keys: PagedBuffers, queries: Queries, scaled: bool) -> dict[str, object]:
-    """Constants that the kernel is compiled for; none depends on a round."""
+def variant(
+    keys: PagedBuffers, queries: Queries, scaled: bool, device: Traits
+) -> dict[str, object]:
+    """Constants that the kernel is compiled for; none depends on a round.
+
+    `scaled` says whether stored keys have scales.
+    """
     page, token, head = keys.strides
     group = queries.heads // keys.heads
     columns = triton.next_power_of_2(group)
-    decode = keys.dtype == torch.float8_e4m3fn and not _has_e4m3(keys.device)
+    decode = "" if device.fp8 else _DECODED.get(keys.dtype, "")
     return {
         "KEY": tl.uint8 if decode else _TRITON[keys.dtype],
         "KEY_PIECES": KEY_PIECES[keys.dtype],
-        # Triton's interpreter, which runs on CPU tensors, cannot multiply bfloat16.
-        "OPERAND": tl.float32 if keys.device.type == "cpu" else tl.bfloat16,
+        "OPERAND": tl.bfloat16 if device.bf16 else tl.float32,
         "DECODE": decode,
         "SCALED": scaled,
         "HEADS": keys.heads,
@@ -100,17 +106,16 @@ def variant(keys: PagedBuffers, queries: Queries, scaled: bool) -> dict[str, obj
         "TOKEN_STRIDE": token,
         "HEAD_STRIDE": head,
         "SPLITS": SPLITS,
-        "BLOCK": BLOCK,
-        "num_warps": 4 if keys.head_dim <= 128 and columns <= 8 else 8,
+        "BLOCK": 32 if _narrow(keys, columns, device) else 64,
+        "num_warps": 4,
         "num_stages": 3,
     }
 
 
-def _has_e4m3(device: torch.device) -> bool:
-    """Whether Triton converts this type on the device; NVIDIA's before 8.9 lack it."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return True
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+def _narrow(keys: PagedBuffers, columns: int, device: Traits) -> bool:
+    """Whether a tile has few keys: wide ones would spill, bytes be loaded in pieces of 8."""
+    wide = keys.head_dim > 128 or columns > 8
+    return wide or (keys.dtype.itemsize == 1 and device.warp == 32)
 
 
 @triton.jit
@@ -140,13 +145,18 @@ def _product(x, columns, total, PIECES: tl.constexpr, OPERAND: tl.constexpr):
 
 @triton.jit
 def _load(address, mask, DECODE: tl.constexpr):
-    """Stored components; with DECODE e4m3 from its bits, which are a float16's without 2^8."""
-    if DECODE:
+    """Stored components; 8-bit floats from their bits, which are a float16's."""
+    if DECODE == "e4m3":
         bits = tl.load(address, mask=mask, other=0).to(tl.uint16)
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256
-        return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
-    return tl.load(address, mask=mask, other=0.0)
+        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+    elif DECODE == "e5m2":
+        bits = tl.load(address, mask=mask, other=0).to(tl.uint16) << 8
+        value = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = tl.load(address, mask=mask, other=0.0)
+    return value
 
 
 @triton.jit

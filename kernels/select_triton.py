@@ -122,6 +122,7 @@ def variant(
         "TILE": TILE,
         "BLOCK": _BLOCK,
         "num_warps": 8,
+        "num_stages": 3,
     }
 
 
