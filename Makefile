@@ -3,7 +3,7 @@ SGLANG := 0.5.17
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := .venv/bin/python
 
-.PHONY: demo test check bench soak clean
+.PHONY: demo test check bench soak kernels-all clean
 
 demo: .venv/.ready
 	$(PYTHON) -m bench.demo
@@ -22,6 +22,10 @@ bench: .venv/.ready
 # 10,000 requests, half of them to each of two servers.
 soak: .venv/.ready
 	FUZZ_REQUESTS=5000 $(PYTHON) -m pytest -s tests/test_fuzz.py -k random_requests
+
+# All shapes that the kernels support, for four GPU architectures; no GPU is needed.
+kernels-all: .venv/.ready
+	$(PYTHON) -m bench.kernel_resources --all
 
 clean:
 	rm -rf .venv .uv .models results

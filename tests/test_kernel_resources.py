@@ -1,0 +1,118 @@
+"""What compilers make of the kernels for GPUs that are not here: no spills, wide loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import kernel_resources
+from bench.resources.compile import TARGETS
+from bench.resources.geometries import SHIPPED
+
+ROOT = Path(__file__).parents[1]
+MATRIX = {
+    "sm_80": {"mma.sync"},
+    "sm_90": {"wgmma.mma_async", "mma.sync"},
+    "sm_100": {"tcgen05.mma", "mma.sync"},
+    "gfx942": {"v_mfma_f32"},
+}
+# Of page indices, which are not keys.
+INDEX_BYTES = {"sm_80": 4, "sm_90": 4, "sm_100": 4, "gfx942": 8}
+Found = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Compiled in a process of its own, which has no interpreter in place of the compiler."""
+    folder = tmp_path_factory.mktemp("resources")
+    command = [sys.executable, "-m", "bench.kernel_resources", "--json", str(folder / "json")]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    loaded: Found = json.loads((folder / "json").read_text())
+    return loaded
+
+
+def of(found: Found, kernel: str) -> Found:
+    some = [one for one in found if one["kernel"] == kernel]
+    assert {one["target"] for one in some} == set(TARGETS)
+    return some
+
+
+def test_nothing_spills(found: Found) -> None:
+    assert len(SHIPPED) >= 12
+    assert {one["geometry"] for one in found} <= {shape.name for shape in SHIPPED}
+    assert [one for one in found if one["local"]] == []
+    assert all(one["registers"] > 0 for one in found)
+
+
+def test_keys_are_loaded_16_bytes_at_a_time(found: Found) -> None:
+    for one in of(found, "score"):
+        assert set(one["loads"]) <= {16, INDEX_BYTES[one["target"]]}, one["geometry"]
+        assert 16 in one["loads"]
+
+
+def test_keys_are_scored_by_tensor_cores(found: Found) -> None:
+    for one in of(found, "score"):
+        assert one["matrix"] in MATRIX[one["target"]]
+    by_target = {
+        one["target"]: one["matrix"]
+        for one in found
+        if one["geometry"] == "Qwen3-8B" and one["kernel"] == "score"
+    }
+    assert by_target["sm_90"] == "wgmma.mma_async"
+
+
+def test_rows_are_copied_16_bytes_at_a_time_and_read_before_they_are_written(found: Found) -> None:
+    for one in of(found, "compact"):
+        text = one["text"]
+        if one["target"] == "gfx942":
+            load, barrier, store = "global_load_dwordx4", "s_barrier", "global_store_dwordx4"
+        else:
+            load, barrier, store = r"ld\.global\.v4\.b32", r"bar\.sync", r"st\.global\.v4\.b32"
+        loads, barriers, stores = (
+            [match.start() for match in re.finditer(name, text)] for name in (load, barrier, store)
+        )
+        assert loads
+        assert stores
+        assert any(loads[-1] < place < stores[0] for place in barriers)
+        assert min(stores) > max(loads)
+
+
+def test_the_last_to_arrive_sees_what_others_wrote(found: Found) -> None:
+    """A barrier, then a count that releases what came before it and acquires the others'."""
+    for one in of(found, "select"):
+        if one["target"] == "gfx942":
+            continue_at = one["text"].index("global_atomic_add")
+            assert "s_barrier" in one["text"][:continue_at]
+            continue
+        counts = re.findall(r"atom\.\S*global\S*add\S*", one["text"])
+        assert any("acq_rel" in count and "gpu" in count for count in counts)
+        before = one["text"][: one["text"].index("acq_rel")]
+        assert "bar.sync" in before[before.rindex("st.global") :]
+
+
+def test_kernels_look_at_no_argument() -> None:
+    """So that there is one variant for each set of constants, whatever a round's numbers are."""
+    code = (
+        "from bench.resources.compile import KERNELS\n"
+        "for kernel in KERNELS.values():\n"
+        "    print(all(p.is_constexpr or p.do_not_specialize for p in kernel.params))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["True"] * 3, result.stderr
+
+
+def test_the_table_in_the_documents_is_this_one(found: Found) -> None:
+    """Registers may differ with the compiler's version; shapes and kernels may not."""
+    text = kernel_resources.DOCUMENT.read_text()
+    table = text.split(kernel_resources.BEGIN)[1].split(kernel_resources.END)[0]
+    listed = re.findall(r"^\| (score|select|compact) \| ([^|]+) \|", table, re.MULTILINE)
+    assert set(listed) == {(one["kernel"], one["geometry"]) for one in found}
