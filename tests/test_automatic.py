@@ -17,8 +17,8 @@ from sglang_tri.config import KvPolicyConfig
 from sglang_tri.patches import calibration, cli
 from sglang_tri.patches import engine_0517 as engine
 from sglang_tri.stats import Statistics, model_rope
+from tests.kernels.test_published import made_statistics
 from tests.test_calibration_text import Bytes
-from tests.test_scores import made_statistics
 
 SETTINGS = KvPolicyConfig(policy="triattention", calibration_tokens=1024)
 ROPE = model_rope.plain(10000.0, 16)

@@ -14,7 +14,7 @@ from sglang_tri import stats
 from sglang_tri.calibration import cache, identity
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.stats import Statistics
-from tests.test_scores import made_statistics
+from tests.kernels.test_published import made_statistics
 
 MINE = "ab" * 32
 

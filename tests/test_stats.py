@@ -19,7 +19,7 @@ from sglang_tri import stats
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.rope import Rope
 from sglang_tri.stats import files, layout
-from tests.test_scores import OFFICIAL, made_statistics
+from tests.kernels.test_published import OFFICIAL, made_statistics
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 32
 GEOMETRY = {

@@ -14,7 +14,7 @@ from sglang_tri import stats
 from sglang_tri.patches import cli
 from sglang_tri.rope import Rope
 from sglang_tri.stats import describe, model_rope, report, validate
-from tests.test_scores import OFFICIAL, made_statistics
+from tests.kernels.test_published import OFFICIAL, made_statistics
 from tests.test_stats import assert_same, made
 
 THETA = 10000.0
