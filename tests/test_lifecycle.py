@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import lifecycle
+from sglang_tri.patches import decode, lifecycle, memory
 
 
 class OtherCache:
@@ -40,3 +40,57 @@ def test_a_window_in_one_layer() -> None:
     lifecycle._check_windows(torch.nn.ModuleList([layer(0, -1), layer(1, -1)]))
     with pytest.raises(KvPolicyError, match=r"window of 128 tokens \(layer 1\)"):
         lifecycle._check_windows(torch.nn.ModuleList([layer(0, -1), layer(1, 128)]))
+
+
+def test_scales_of_stored_keys() -> None:
+    """Where the cache has 8 bits, scores count what a stored key stands for."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [RadixAttention(2, 16, 1.0, 1, layer_id=number) for number in (1, 0)]
+    model = torch.nn.ModuleList(layers)
+    buffers = [torch.zeros(1), torch.zeros(1)]
+    bytes_pool: Any = SimpleNamespace(
+        k_buffer=buffers, dtype=torch.float8_e4m3fn, store_dtype=torch.uint8
+    )
+    plain_pool: Any = SimpleNamespace(
+        k_buffer=buffers, dtype=torch.bfloat16, store_dtype=torch.bfloat16
+    )
+    assert lifecycle._key_scale(model, bytes_pool) is None
+    layers[0].k_scale_float = 0.5
+    found = lifecycle._key_scale(model, bytes_pool)
+    assert found is not None
+    assert found.tolist() == [1.0, 0.5]
+    assert lifecycle._key_scale(model, plain_pool) is None
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_running_forward_pass_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """Whatever the attention backend: it may still read the slots that a round takes away."""
+    steps: list[str] = []
+    stream = SimpleNamespace(wait_stream=lambda other: steps.append(f"wait for {other}"))
+
+    def planned(*args: Any) -> torch.Tensor:
+        steps.append("plan")
+        return torch.zeros(0, dtype=torch.int64)
+
+    everything = SimpleNamespace(
+        scheduler=scheduler(
+            enable_overlap=overlap, schedule_stream=stream, forward_stream="forward"
+        ),
+        runtime=SimpleNamespace(plan=planned),
+    )
+    monkeypatch.setattr(decode.active, "get", lambda: everything)
+    allocator: Any = SimpleNamespace(free_segment=lambda *args, **kwargs: steps.append("free"))
+    decode.plan([], torch.zeros(1, 1), allocator)
+    assert steps == ["wait for forward"] * overlap + ["plan", "free"]
+
+
+def test_scratch_is_reserved_before_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_workspace", None)
+    with pytest.raises(RuntimeError, match="before the policy's memory"):
+        memory.reserved()
+    runner: Any = SimpleNamespace(device="cpu")
+    memory.reserve(runner)
+    assert memory.reserved().size == 64 << 20
