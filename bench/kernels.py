@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -46,13 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Threads that wait for each other on a busy machine take longer than these sizes.
         torch.set_num_threads(1)
     repeats = arguments.repeats or (REPEATS if meaningful else TINY_REPEATS)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     try:
-        run = _run(_cells(arguments, meaningful), repeats, device)
+        for run in _runs(_cells(arguments, meaningful), repeats, device):
+            # What was found stays if a later cell is cut off.
+            run.write(arguments.out / "kernels.json")
     except KeptSetsDiffer as error:
         print(error, file=sys.stderr)
         return 1
     print(run.text())
-    _write(run, arguments.out)
+    _draw(run, arguments.out)
+    print(f"written to {arguments.out}")
     return 0
 
 
@@ -115,18 +119,19 @@ def _cells(arguments: argparse.Namespace, real: bool) -> list[Cell]:
     ]
 
 
-def _run(cells: Sequence[Cell], repeats: int, device: torch.device) -> Run:
+def _runs(cells: Sequence[Cell], repeats: int, device: torch.device) -> Iterator[Run]:
+    """All that was found, after each cell."""
     best = limits(repeats, device)
+    meaningful = device.type != "cpu"
     results: list[Result] = []
     notes: list[str] = []
     for cell in cells:
-        # What a cell took is free again before the next one asks.
         found, note = _cell(cell, repeats, device)
         results += found
         notes.append(note)
         print(note, file=sys.stderr, flush=True)
-    meaningful = device.type != "cpu"
-    return Run(machine(), best, results, notes, goals(results, best.copy, meaningful), meaningful)
+        reached = goals(results, best.copy, meaningful)
+        yield Run(machine(), best, tuple(results), tuple(notes), reached, meaningful)
 
 
 def _cell(cell: Cell, repeats: int, device: torch.device) -> tuple[list[Result], str]:
@@ -136,21 +141,22 @@ def _cell(cell: Cell, repeats: int, device: torch.device) -> tuple[list[Result],
     if sets == 0:
         needed = (set_bytes(cell) + RESERVE_BYTES) / 1e9
         return [], f"{name(cell)}: left out, takes {needed:.1f} GB and {free / 1e9:.1f} GB are free"
-    pool = Pool.of(cell, sets, device)
-    equal = check(pool)
-    text = f"{name(cell)}: {sets} sets of slots, {100 * equal:.2f}% of the kept are plain torch's"
-    return Operations(pool, repeats).all(), text
+    try:
+        pool = Pool.of(cell, sets, device)
+        equal = check(pool)
+        found = Operations(pool, repeats).all()
+    except torch.cuda.OutOfMemoryError:
+        return [], f"{name(cell)}: left out, {free / 1e9:.1f} GB of free memory did not do"
+    text = f"{sets} sets of slots, {100 * equal:.2f}% of the kept are plain torch's"
+    return found, f"{name(cell)}: {text}"
 
 
-def _write(run: Run, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    run.write(folder / "kernels.json")
-    if plot.available():
-        title = run.machine if run.meaningful else f"{run.machine}. {MEANINGLESS}"
-        plot.write(run.results, run.limits, title, folder / "roofline.png")
-    else:
+def _draw(run: Run, folder: Path) -> None:
+    if not plot.available():
         print("matplotlib cannot be imported: no roofline.png.")
-    print(f"written to {folder}")
+        return
+    title = run.machine if run.meaningful else f"{run.machine}. {MEANINGLESS}"
+    plot.write(run.results, run.limits, title, folder / "roofline.png")
 
 
 if __name__ == "__main__":

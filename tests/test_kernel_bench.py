@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -109,12 +108,13 @@ def test_kept_sets_are_compared(tiny: pool.Pool, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(ON_GPU, reason="the kernels are not interpreted")
-def test_a_cell_in_triton_s_interpreter(tiny: pool.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_in_triton_s_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INTERPRET, "1")
     for module in (score, select, compact):
         monkeypatch.setattr(module, "has_triton", lambda _: True)
-    assert cells.check(tiny) >= cells.LEAST_EQUAL
-    found = {each.operation: each for each in cells.Operations(tiny, 1).all()}
+    some = pool.Pool.of(geometry.Cell(TINY.model, 1, 48, 16), 1, CPU)
+    assert cells.check(some) >= cells.LEAST_EQUAL
+    found = {each.operation: each for each in cells.Operations(some, 1).all()}
     assert found["compact, order"].moved >= found["compact, holes"].moved > 0
 
 
@@ -161,7 +161,7 @@ def test_sets_of_slots() -> None:
 
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "free_bytes", lambda _: 2 * GB)
-    found = kernels._run([TINY], 1, CPU)
+    [found] = kernels._runs([TINY], 1, CPU)
     assert not found.results
     assert "left out" in found.notes[0]
     assert "left out" in found.text()
@@ -180,10 +180,11 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cpu" in capsys.readouterr().err
 
 
-def test_a_run_with_tiny_sizes(tmp_path: Path) -> None:
-    # As where SGLang is not installed.
-    program = "import sys; sys.modules['sglang'] = None; from bench.kernels import main; "
-    program += "sys.exit(main(sys.argv[1:]))"
+@pytest.mark.parametrize("missing", [["sglang"], ["sglang", "matplotlib"]])
+def test_a_run_with_tiny_sizes(missing: list[str], tmp_path: Path) -> None:
+    others = [*missing, "transformers", "safetensors"]
+    program = f"import sys; sys.modules.update(dict.fromkeys({others})); "
+    program += "from bench.kernels import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "--device", "cpu", "--out", str(tmp_path)]
     command += ["--models", "qwen3-8b", "llama-3-70b", "--candidates", "48"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -194,5 +195,7 @@ def test_a_run_with_tiny_sizes(tmp_path: Path) -> None:
     assert not found["times_mean_something"]
     assert len(found["results"]) == 2 * 2 * 8
     assert [goal["met"] for goal in found["goals"]] == [None] * 3
-    if importlib.util.find_spec("matplotlib") is not None:
+    if "matplotlib" in missing:
+        assert "no roofline.png" in done.stdout
+    else:
         assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")

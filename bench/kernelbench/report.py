@@ -69,7 +69,8 @@ def _limits(limits: Limits) -> str:
 def _explained() -> list[str]:
     return [
         "GB/s count each byte that has to be read or written once. @r: timed with r requests,",
-        "scaled to all. vs round: time in relation to the product's whole round.",
+        "scaled to all. vs round: time in relation to the product's whole round. Times are the",
+        "device's: it is kept busy while the first launches are enqueued.",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -13,8 +14,8 @@ _COPY_BYTES = 1 << 30
 _TINY_COPY_BYTES = 1 << 20
 _MATRIX = 8192
 _TINY_MATRIX = 64
-# Keeps the device busy, some milliseconds, while the host enqueues what is timed.
-_HEAD_START_CYCLES = 10_000_000
+# Keeps the device busy while the host enqueues what is timed: of the order of ten milliseconds.
+_HEAD_START_CYCLES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that a cell may take; a CPU's tiny cells always fit."""
     if device.type == "cpu":
         return 1 << 40
+    gc.collect()
     torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info(device)[0])
 
