@@ -1,0 +1,1 @@
+"""Parts of `bench.kernels`: geometry, baselines, timing, goals and reports."""
