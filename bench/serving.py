@@ -5,7 +5,8 @@ prompt, sent at once. They are production SGLang (radix cache, overlap schedulin
 same with other estimates of output lengths (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION), SGLang with
 radix cache and overlap scheduling off, and the policy. Pools are sized by how many of these
 requests production SGLang has room for, to the last token. In the memory-rich pool the client's
-generated-shared-prefix and random workloads run, too.
+generated-shared-prefix and random workloads run, too. Short runs scatter: `--times 10` sends ten
+times as many requests, no more of them at once.
 
 Beside each measured ratio stands what it would be if a decoding step took as long as reading the
 weights and the KV slots of its batch, at the batch sizes that were measured.
@@ -100,7 +101,7 @@ def _chosen(arguments: argparse.Namespace) -> Preset:
         if unknown:
             known = ", ".join(preset.sent)
             raise SystemExit(f"{flag} {' '.join(unknown)}: {arguments.preset} has {known}")
-    return replace(
+    chosen = replace(
         preset,
         server=[*preset.server, *([] if arguments.model_path else preset.own)],
         systems=arguments.systems or preset.systems,
@@ -108,7 +109,12 @@ def _chosen(arguments: argparse.Namespace) -> Preset:
         clips=preset.clips if arguments.clips is None else arguments.clips,
         others_in=preset.others_in if arguments.others_in is None else arguments.others_in,
         sent={name: preset.sent[name] for name in arguments.pools or preset.sent},
+        times=arguments.times,
+        kinds=tuple(arguments.workloads or ()),
     )
+    if not chosen.pools():
+        raise SystemExit(f"--workloads {' '.join(arguments.workloads)}: not in any of these pools")
+    return chosen
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="model and sizes")
     parser.add_argument("--pools", nargs="+", help="which of the preset's pools")
     parser.add_argument("--others-in", nargs="*", help="pools that get the other workloads, too")
+    parser.add_argument("--workloads", nargs="+", help="only those whose names begin so")
+    parser.add_argument(
+        "--times", type=int, default=1, help="times as many requests, no more of them at once"
+    )
     parser.add_argument("--systems", type=int, nargs="+", help="tokens of the system prompt")
     parser.add_argument("--outputs", type=int, nargs="+", help="output tokens")
     parser.add_argument("--clips", type=int, nargs="*", help="estimates of output tokens to try")

@@ -112,6 +112,14 @@ def test_random_prompts_share_little(server: Running, client: Client) -> None:
 
 
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
+def test_no_more_at_once(server: Running, client: Client) -> None:
+    workload = shared_prefix("name", 1, 3, system=10, question=4, output=60).times(3)
+    run = measure(client, server.server, workload, "arm", "pool", shares=True)
+    assert run.load.output_rate * run.load.seconds == pytest.approx(9 * 60)
+    assert max(running for _, running, _ in run.over_time) == 3
+
+
+@pytest.mark.parametrize("server", ["stock"], indirect=True)
 def test_a_refused_request_is_an_error(server: Running, client: Client) -> None:
     too_long = reasoning(1, system=40_000, question=1, output=4)
     with pytest.raises(LoadFailed, match="1 requests got no token"):
@@ -205,6 +213,7 @@ def test_groups_are_medians_beside_production() -> None:
     stock, ours = found.cells
     assert (stock.arm, stock.ratio, stock.allowed) == (PRODUCTION, 1.0, 1.0)
     assert (ours.arm, ours.ratio, ours.rate) == (POLICY, 110 / 50, 110.0)
+    assert ours.ratios == [100 / 40, 150 / 90, 110 / 50]
     assert ours.limit == 16 * 1e6 / 5000
     assert ours.allowed == pytest.approx((16 / 5000) / (4 / 3000))
     assert found.best_stock is stock
@@ -224,7 +233,7 @@ def made(
     for arm, (speed, hits) in arms.items():
         load = replace(LOAD, cached=hits)
         run = replace(RUN, arm=arm, load=load, pool=pool, workload=name)
-        cells.append(Cell([run], speed, LOAD.output_rate / share, 2.0))
+        cells.append(Cell([run], speed, [speed], LOAD.output_rate / share, 2.0))
     return Group(cells)
 
 
@@ -246,6 +255,7 @@ def test_table_and_picture() -> None:
     shown = made(3.0, 30, "4")
     text = group_table(shown)
     assert "50 (50-50)" in text
+    assert "3.00-3.00" in text
     assert "70.0%" in text
     assert "0.10/0.20/0.30 s" in text
     assert "10/20/30 ms" in text
@@ -299,6 +309,25 @@ def test_a_workload_in_the_words_of_the_client() -> None:
     assert pairs["--gsp-num-groups"] == "2"
     assert pairs["--gsp-prompts-per-group"] == "3"
     assert workload.output == 6 * 5
+
+
+def test_more_requests_are_sent_one_after_another() -> None:
+    workload = shared_prefix("name", 2, 3, system=10, question=4, output=5)
+    assert workload.times(1) == workload
+    longer = workload.times(4)
+    pairs = dict(zip(longer.arguments[::2], longer.arguments[1::2], strict=True))
+    assert pairs["--gsp-prompts-per-group"] == "12"
+    assert pairs["--max-concurrency"] == "6"
+    assert (longer.requests, longer.output) == (24, 24 * 5)
+    assert longer.pool_for(7) == workload.pool_for(7)
+    assert random_lengths(9, 100, 1).times(2).sizes["num-prompts"] == 18
+
+
+def test_some_workloads_only() -> None:
+    chosen = replace(TINY, kinds=("shared", "random"), times=3)
+    (pool,) = chosen.pools()
+    assert (pool.name, pool.slots) == (RICH, TINY.pools()[-1].slots)
+    assert [w.requests for w in pool.workloads] == [3 * w.requests for w in TINY.others]
 
 
 def test_what_requests_share_is_read_again_for_each() -> None:

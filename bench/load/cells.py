@@ -17,12 +17,14 @@ class Cell:
 
     Attributes:
         ratio: its output tokens/s to production SGLang's.
+        ratios: the same of each repeat, whose arms ran one after another.
         limit: output tokens/s if a step only waited for its bytes.
         allowed: that limit to production SGLang's.
     """
 
     runs: list[Run]
     ratio: float
+    ratios: list[float]
     limit: float
     allowed: float
 
@@ -87,11 +89,21 @@ def _compare(arms: dict[str, list[Run]], traffic: Traffic) -> Group:
         running, read = (fmean(getattr(run, name) for run in runs) for name in ("running", "read"))
         return traffic.tokens_per_second(running, read)
 
+    def ratios(runs: list[Run]) -> list[float]:
+        pairs = zip(runs, stock, strict=False)  # The last repeat may not have come to its end.
+        return [run.load.output_rate / other.load.output_rate for run, other in pairs]
+
     stock = arms[PRODUCTION]
     ordered = sorted(arms, key=lambda arm: (arm == POLICY) - (arm == PRODUCTION))
     return Group(
         [
-            Cell(runs, rate(runs) / rate(stock), limit(runs), limit(runs) / limit(stock))
+            Cell(
+                runs,
+                rate(runs) / rate(stock),
+                ratios(runs),
+                limit(runs),
+                limit(runs) / limit(stock),
+            )
             for runs in map(arms.__getitem__, ordered)
         ]
     )

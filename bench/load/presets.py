@@ -48,6 +48,8 @@ class Preset:
         others_in: the pools that they are sent to.
         side_by_side: whether all servers of a pool stand at once; else each has the device alone.
         goal: least ratio to production SGLang where memory is short.
+        times: how many times as many requests are sent; no more at once.
+        kinds: what the names of the workloads begin with; empty: all.
     """
 
     make_model: Callable[[Path], Path]
@@ -65,11 +67,14 @@ class Preset:
     others_in: list[str]
     side_by_side: bool
     goal: float
+    times: int = 1
+    kinds: tuple[str, ...] = ()
 
     def pools(self) -> list[Pool]:
         """For each length of prompt and output, in the order of `sent`."""
         lengths = list(product(self.systems, self.outputs))
-        return [self._pool(name, *pair) for pair in lengths for name in self.sent]
+        pools = [self._pool(name, *pair) for pair in lengths for name in self.sent]
+        return [pool for pool in pools if pool.workloads]
 
     def _pool(self, name: str, system: int, output: int) -> Pool:
         workload = reasoning(self.sent[name], system, self.question, output)
@@ -77,7 +82,8 @@ class Preset:
         others = self.others if first and name in self.others_in else []
         fitting = {RICH: workload.requests, FULL: None}.get(name, name)
         slots = None if fitting is None else workload.pool_for(int(fitting))
-        return Pool(name, slots, [workload, *others])
+        chosen = [w for w in (workload, *others) if w.name.startswith(self.kinds or "")]
+        return Pool(name, slots, [w.times(self.times) for w in chosen])
 
 
 PRESETS = {

@@ -17,14 +17,15 @@ from bench.machine import machine
 from bench.table import spread, table
 
 _HEADER = [
-    *("arm", "tokens/s", "ratio", "bytes allow", "of limit", "requests/s"),
+    *("arm", "tokens/s", "ratio", "of repeats", "bytes allow", "of limit", "requests/s"),
     *("first token p50/95/99", "between tokens p50/95/99", "running", "peak slots"),
     *("cached", "retracted", "rounds"),
 ]
 _NOTE = (
-    "ratio: to production; bytes allow: that ratio if steps only waited for weights and KV; of "
-    "limit: tokens/s to what this machine's copy bandwidth allows; between tokens: SGLang's client "
-    "spreads the time between two chunks over their tokens."
+    "ratio: to production; of repeats: the lowest and the highest of one repeat; bytes allow: that "
+    "ratio if steps only waited for weights and KV; of limit: tokens/s to what this machine's copy "
+    "bandwidth allows; between tokens: SGLang's client spreads the time between two chunks over "
+    "their tokens."
 )
 
 
@@ -67,6 +68,7 @@ def _row(cell: Cell) -> list[str]:
         cell.arm,
         spread([run.load.output_rate for run in cell.runs]),
         f"{cell.ratio:.2f}",
+        f"{min(cell.ratios):.2f}-{max(cell.ratios):.2f}",
         f"{cell.allowed:.2f}",
         f"{cell.share:.1%}",
         f"{cell.median(lambda run: run.load.request_rate):.2f}",

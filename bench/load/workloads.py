@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 REASONING = "reasoning"
 _JOINT = 2  # Tokens that the client writes between system prompt and question.
@@ -10,10 +10,12 @@ _JOINT = 2  # Tokens that the client writes between system prompt and question.
 
 @dataclass(frozen=True)
 class Workload:
-    """What is sent to a server, all at once.
+    """What is sent to a server, all at once unless `sizes` say otherwise.
 
     Attributes:
-        arguments: for the client.
+        dataset: the client's name for it.
+        sizes: options of the client, without dashes.
+        counter: the one of them that the number of requests is proportional to.
         requests: how many.
         groups: system prompts, each shared by as many requests; 0 if nothing is shared.
         shared: tokens of a system prompt.
@@ -23,13 +25,34 @@ class Workload:
     """
 
     name: str
-    arguments: list[str]
+    dataset: str
+    sizes: dict[str, int]
+    counter: str
     requests: int
     groups: int
     shared: int
     private: int
     output: int | None
     as_text: bool = True
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the client."""
+        sizes = [text for flag, size in self.sizes.items() for text in (f"--{flag}", str(size))]
+        ids = [] if self.as_text else ["--tokenize-prompt"]
+        return ["--dataset-name", self.dataset, *sizes, *ids]
+
+    def times(self, factor: int) -> Workload:
+        """`factor` times as many requests, one after another: no more at once than before."""
+        if factor == 1:
+            return self
+        count = self.sizes[self.counter] * factor
+        return replace(
+            self,
+            sizes={**self.sizes, self.counter: count, "max-concurrency": self.requests},
+            requests=self.requests * factor,
+            output=None if self.output is None else self.output * factor,
+        )
 
     def pool_for(self, concurrency: int) -> int:
         """KV slots in which `concurrency` such requests fit to the last token."""
@@ -47,18 +70,26 @@ def shared_prefix(
     name: str, groups: int, per_group: int, system: int, question: int, output: int
 ) -> Workload:
     """The client's generated-shared-prefix workload; all lengths in tokens."""
+    counter = "gsp-prompts-per-group"
     sizes = {
-        "num-groups": groups,
-        "prompts-per-group": per_group,
-        "system-prompt-len": system,
-        "question-len": question,
-        "output-len": output,
+        "gsp-num-groups": groups,
+        counter: per_group,
+        "gsp-system-prompt-len": system,
+        "gsp-question-len": question,
+        "gsp-output-len": output,
     }
-    arguments = ["--dataset-name", "generated-shared-prefix"]
-    for flag, size in sizes.items():
-        arguments += [f"--gsp-{flag}", str(size)]
     requests, private = groups * per_group, _JOINT + question + output
-    return Workload(name, arguments, requests, groups, system, private, requests * output)
+    return Workload(
+        name,
+        "generated-shared-prefix",
+        sizes,
+        counter,
+        requests,
+        groups,
+        system,
+        private,
+        requests * output,
+    )
 
 
 def reasoning(requests: int, system: int, question: int, output: int) -> Workload:
@@ -72,8 +103,9 @@ def random_lengths(requests: int, prompt: int, output: int) -> Workload:
 
     Its prompts count up through the vocabulary from random starts: in a small one some coincide.
     """
-    arguments = ["--dataset-name", "random-ids", "--num-prompts", str(requests)]
-    arguments += ["--random-input-len", str(prompt), "--random-output-len", str(output)]
-    arguments += ["--tokenize-prompt"]
+    counter = "num-prompts"
+    sizes = {counter: requests, "random-input-len": prompt, "random-output-len": output}
     name, private = f"random {prompt}+{output}", prompt + output
-    return Workload(name, arguments, requests, 0, 0, private, None, as_text=False)
+    return Workload(
+        name, "random-ids", sizes, counter, requests, 0, 0, private, None, as_text=False
+    )
