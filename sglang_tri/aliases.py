@@ -152,6 +152,8 @@ class AliasStore:
 
     def drop_ids(self, ids: array[int]) -> None:
         """The prefix cache no longer holds `ids`: forget the aliases whose spans are among them."""
+        if not self._aliases:
+            return
         found = np.frombuffer(ids, dtype=np.int64)
         for number in np.unique(span_number(found[found >= SYNTHETIC])).tolist():
             if number in self._aliases:
