@@ -80,7 +80,7 @@ def _launch(
     if rows is None:
         rows = workspace.take(layers, requests, heads, scores.longest, dtype=torch.float32)
     if requests:
-        select_kernel[(max(1, triton.cdiv(scores.longest, TILE)), layers * requests * heads)](
+        select_kernel[(layers * requests * heads, max(1, triton.cdiv(scores.longest, TILE)))](
             scores.rows,
             scores.moments,
             rows,
@@ -251,15 +251,15 @@ def select_kernel(
     BLOCK: tl.constexpr,
 ):
     """A tile of one kept set's candidates; `most` is 0 where layers are still to come."""
-    kept_set = tl.program_id(1)
+    kept_set = tl.program_id(0)
     head = kept_set % HEADS
     request = kept_set // HEADS % requests
     _, count, _ = candidates_of(indptr, last_page_len, skipped, request, PAGE_SIZE)
     tiles = tl.maximum(tl.cdiv(count, TILE), 1)
-    if tl.program_id(0) >= tiles:
+    if tl.program_id(1) >= tiles:
         return
 
-    candidate = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    candidate = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = candidate < count
     row = rows + kept_set.to(tl.int64) * longest
     if MODE == 2:
