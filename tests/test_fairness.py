@@ -71,8 +71,10 @@ def test_nobody_is_lost_who_was_preempted_in_vain(server: Running) -> None:
         return pool.submit(lambda: requests.post(url, json=body, timeout=60).json())
 
     with ThreadPoolExecutor(FUZZ_ROWS + 1) as pool:
+        rounds = server.server.kv_policy()["rounds"]
         coming = [come(f"{number} humble " * 10, 300, 0) for number in range(FUZZ_ROWS)]
-        time.sleep(1)
+        while server.server.kv_policy()["rounds"] < rounds + FUZZ_ROWS:
+            time.sleep(0.05)
         coming.append(come("Important and long. " * 25, 300, 1))
         answers = [future.result() for future in coming]
     assert all(len(answer["output_ids"]) == 300 for answer in answers)
