@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             bar.update()
 
         short = arguments.repeats * SHORT_REPEATS
-        untriggered = compare(servers, BUDGET + INTERVAL, short, progress)
+        untriggered = compare(servers, BUDGET, short, progress)
         rounds = ours.kv_policy()["rounds"]
         if rounds:
             raise RuntimeError(f"{rounds} rounds happened where none should")
