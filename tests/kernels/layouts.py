@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,13 @@ class Paged:
     def by_token(self, layer: torch.Tensor) -> torch.Tensor:
         """The layer as [pages, page_size, heads, head_dim]."""
         return layer.transpose(1, 2) if self.layout == "HND" else layer
+
+
+def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in the host's memory, of which only what is written takes room."""
+    size = elements * dtype.itemsize
+    whole = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(whole, dtype=dtype)
 
 
 @st.composite

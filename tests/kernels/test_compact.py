@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sglang_tri.kernels.compact import compact, joined
 from sglang_tri.kernels.moves import Moves
 from sglang_tri.kernels.pages import PagedBuffers
-from tests.kernels.layouts import Paged, paged
+from tests.kernels.layouts import Paged, paged, sparse
 
 FIXTURES = HealthCheck.function_scoped_fixture
 DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.uint8)
@@ -147,7 +147,7 @@ def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
     storage = (
         torch.empty(words, dtype=torch.int32, device=device)
         if device.type == "cuda"
-        else torch.frombuffer(anonymous(4 * words), dtype=torch.int32)
+        else sparse(words, torch.int32)
     )
     far = words - 64
     layer = storage.as_strided((2, 1, 1, 32), (far, far, 32, 1))
@@ -160,13 +160,6 @@ def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
     compact([PagedBuffers([layer])], pages, moves)
     assert layer[0].eq(7).all()
     assert storage[32:64].eq(0).all() or device.type == "cuda"
-
-
-def anonymous(size: int) -> object:
-    """Memory of which only what is written takes room."""
-    import mmap
-
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from sglang_tri.kernels.pairs import frequency_pairs
 from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.score import score
 from sglang_tri.kernels.scores import Scores
-from tests.kernels.layouts import Paged, paged
+from tests.kernels.layouts import Paged, paged, sparse
 
 DTYPES = (
     torch.bfloat16,
@@ -40,6 +40,11 @@ def make_queries(
         rotary_dim,
         interleaved,
     )
+
+
+def on(queries: Queries, device: torch.device) -> Queries:
+    parts = queries.centre, queries.magnitude, queries.frequencies
+    return Queries(*(part.to(device) for part in parts), queries.rotary_dim, queries.interleaved)
 
 
 def make_keys(layout: Paged, layers: int, heads: int, dim: int, dtype: torch.dtype) -> list:
@@ -109,11 +114,7 @@ def run(
 ) -> None:
     keys = make_keys(layout, queries.layers, kv_heads, 2 * queries.pairs, dtype)
     positions = [7 + 30_011 * request for request in range(len(layout.counts))]
-    on_device = Queries(
-        *(part.to(device) for part in (queries.centre, queries.magnitude, queries.frequencies)),
-        queries.rotary_dim,
-        queries.interleaved,
-    )
+    on_device = on(queries, device)
     found = score(
         layout.buffers([layer.to(device) for layer in keys]),
         layout.pages(device),
@@ -176,11 +177,7 @@ def test_moments_survive_a_large_mean(device: torch.device) -> None:
     found = score(
         layout.buffers([buffer.to(device)]),
         layout.pages(device),
-        Queries(
-            *(x.to(device) for x in (queries.centre, queries.magnitude, queries.frequencies)),
-            64,
-            False,
-        ),
+        on(queries, device),
         torch.tensor([11], device=device),
     )
     (wanted,) = expected(layout, [buffer], queries, [11])
@@ -199,11 +196,7 @@ def test_a_score_that_is_not_finite_is_the_lowest(device: torch.device, bad: flo
     (keys,) = make_keys(layout, 1, 1, 64, torch.float32)
     spoiled = keys.clone()
     spoiled[layout.places(0)[7]] = bad
-    on_device = Queries(
-        *(x.to(device) for x in (queries.centre, queries.magnitude, queries.frequencies)),
-        64,
-        False,
-    )
+    on_device = on(queries, device)
     found = score(
         layout.buffers([spoiled.to(device)]),
         layout.pages(device),
@@ -231,7 +224,11 @@ def test_offsets_beyond_two_to_the_31(device: torch.device, part: str) -> None:
     """Large strides over little memory: element and byte offsets need 64 bits."""
     far, page_size = 2**31 + 64, 1 if part == "page" else 2
     storage = torch.empty(0, dtype=torch.bfloat16, device=device)
-    storage = storage.new_empty(2 * far + 64) if device.type == "cuda" else mapped(2 * far + 64)
+    storage = (
+        storage.new_empty(2 * far + 64)
+        if device.type == "cuda"
+        else sparse(2 * far + 64, torch.bfloat16)
+    )
     strides = (far, far, 64, 1) if part == "page" else (64, far, 64, 1)
     layer = storage.as_strided((2, page_size, 1, 64), strides)
     layout = Paged(page_size, [0], [2], "NHD", 0)
@@ -243,25 +240,13 @@ def test_offsets_beyond_two_to_the_31(device: torch.device, part: str) -> None:
         place = (token, 0) if part == "page" else (0, token)
         layer[place[0], place[1], 0] = key[token].to(device)
     queries = make_queries(1, 1, 64, 64, False)
-    on_device = Queries(
-        *(x.to(device) for x in (queries.centre, queries.magnitude, queries.frequencies)),
-        64,
-        False,
-    )
+    on_device = on(queries, device)
     found = score(layout.buffers([layer]), pages, on_device, torch.tensor([9], device=device))
     simple = Paged(1, [0], [2], "NHD", 0)
     dense = torch.zeros(simple.buffer(1, 64), dtype=torch.bfloat16)
     for token, place in enumerate(simple.places(0)):
         dense[place] = key[token]
     agree(found, expected(simple, [dense], queries, [9]))
-
-
-def mapped(elements: int) -> torch.Tensor:
-    """bfloat16 memory of which only what is written takes room."""
-    import mmap
-
-    whole = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(whole, dtype=torch.bfloat16)
 
 
 def test_what_does_not_fit_is_refused() -> None:
