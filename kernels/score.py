@@ -42,8 +42,8 @@ def score(
         ValueError: the arguments do not fit together, or a dtype is not supported.
     """
     _check(keys, queries, key_scale)
-    memory = Workspace.or_new(workspace, keys.device)
     if has_triton(keys.device):
+        memory = Workspace.or_new(workspace, keys.device)
         return score_triton.launch(keys, pages, queries, positions, key_scale, memory)
     return _reference(keys, pages, queries, positions, key_scale)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_tri.errors import KvPolicyError
+from sglang_tri.kernels.select import MODES
 from sglang_tri.policies import POLICIES
 
 POLICY_NAMES = ("none", *POLICIES)
-MODES = ("per-head", "per-layer-per-head", "union")
 REUSE = ("continuation", "prompt")
 # A span's last tokens stay plain, so that trimming the end of an answer does not cost all of it.
 LEAST_RECENT = 16

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_tri.errors import KvPolicyError
+from sglang_tri.kernels.pages import PagedBuffers
+from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.scores import SPLITS
 from sglang_tri.kernels.workspace import ALIGNMENT
 
@@ -31,6 +33,14 @@ class Geometry:
     by_layer: bool
     longest: int
     kept: int
+
+    @classmethod
+    def of(
+        cls, keys: PagedBuffers, queries: Queries | None, by_layer: bool, longest: int, kept: int
+    ) -> Geometry:
+        """Of rounds over `keys`; without queries each KV head is scored by itself."""
+        heads = keys.heads if queries is None else queries.heads
+        return cls(len(keys), heads, keys.heads, by_layer, longest, kept)
 
     @property
     def set_bytes(self) -> int:

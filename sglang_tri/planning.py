@@ -35,7 +35,7 @@ def plan(
     ]
     freed = [row[one.region.kept :] for row, one in zip(slots, due, strict=True)]
     whole = torch.cat(slots)
-    rows, lengths, deltas = _upload(
+    rows, lengths, deltas = upload(
         [[one.row for one in due], logical, [one.region.delta for one in due]],
         torch.int64,
         device,
@@ -43,7 +43,7 @@ def plan(
     settings, count = due[0].state.settings, len(due)
     ends = list(accumulate((one.candidates // page_size for one in due), initial=0))
     each = [page_size, 0, due[0].region.kept, settings.recent]
-    packed = _upload([*ends, *(n for n in each for _ in due)], torch.int32, device)
+    packed = upload([*ends, *(n for n in each for _ in due)], torch.int32, device)
     last_page_len, skipped, kept, recent = packed[count + 1 :].view(4, count)
     pages = Pages(
         packed[: count + 1],
@@ -57,7 +57,7 @@ def plan(
     return Round(settings, due, pages, budgets, lengths, rows, deltas), freed
 
 
-def _upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`values` on the device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

@@ -18,6 +18,8 @@ from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.execution import Cache, execute
+from sglang_tri.kernels.moves import Budgets
+from sglang_tri.kernels.pages import Pages
 from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.parts import WORKSPACE_BYTES, Geometry, Parts
@@ -95,15 +97,9 @@ class Runtime:
 
     def _largest_round(self, settings: KvPolicyConfig) -> Geometry:
         kept = ceil_to(settings.budget, self.page_size)
-        keys = self.cache.keys
-        return Geometry(
-            len(keys),
-            keys.heads if self.queries is None else self.queries.heads,
-            keys.heads,
-            POLICIES[settings.policy].by_layer(settings),
-            kept + ceil_to(settings.interval, self.page_size),
-            kept,
-        )
+        longest = kept + ceil_to(settings.interval, self.page_size)
+        by_layer = POLICIES[settings.policy].by_layer(settings)
+        return Geometry.of(self.cache.keys, self.queries, by_layer, longest, kept)
 
     def admit(
         self,
@@ -182,20 +178,28 @@ class Runtime:
 
     def _execute_round(self, planned: Round) -> None:
         policy = self._policies[planned.settings.policy]
-        candidates = Candidates(
-            planned.settings,
-            self.cache.keys,
-            self.cache.key_scale,
-            planned.pages,
-            planned.logical,
-            planned.budgets,
-            self.queries,
-            self.workspace,
+        candidates = self.candidates(
+            planned.settings, planned.pages, planned.logical, planned.budgets
         )
         packed = execute(policy, candidates, self.cache, trace=self._observer is not None)
         self.deltas[planned.rows] = planned.deltas
         if self._observer is not None and packed is not None:
             self._observer(planned, packed)
+
+    def candidates(
+        self, settings: KvPolicyConfig, pages: Pages, logical: torch.Tensor, budgets: Budgets
+    ) -> Candidates:
+        """Those of a round, with what this server has for scoring them."""
+        return Candidates(
+            settings,
+            self.cache.keys,
+            self.cache.key_scale,
+            pages,
+            logical,
+            budgets,
+            self.queries,
+            self.workspace,
+        )
 
     @property
     def shifts_positions(self) -> bool:
@@ -209,8 +213,7 @@ class Runtime:
             self.deltas.index_fill_(0, rows, 0)
             return
         self._shifted.update(state.rid for state in states if state and state.delta)
-        host = torch.tensor(deltas, dtype=torch.int64, pin_memory=self.deltas.is_cuda)
-        self.deltas[rows] = host.to(self.deltas.device, non_blocking=True)
+        self.deltas[rows] = planning.upload(deltas, torch.int64, self.deltas.device)
 
     def close(self, state: RequestState, physical: int) -> list[Region]:
         """The request's slots are released; returns the regions that were evicted from."""

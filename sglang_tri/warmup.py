@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from sglang_tri.config import MODES, KvPolicyConfig
+from sglang_tri.config import KvPolicyConfig
 from sglang_tri.execution import execute
 from sglang_tri.kernels.moves import Budgets
 from sglang_tri.kernels.pages import Pages
+from sglang_tri.kernels.select import MODES
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.parts import Parts
 from sglang_tri.policies import POLICIES
@@ -38,30 +39,19 @@ def run(runtime: Runtime, variants: Iterable[KvPolicyConfig]) -> None:
         policy = POLICIES[settings.policy]
         if policy.needs_statistics and runtime.queries is None:
             continue  # No request may ask for it, see `Runtime.check_runnable`.
-        for workspace in (runtime.workspace, _small(runtime, settings)):
-            execute(policy(), _padding(runtime, settings, workspace), runtime.cache)
+        candidates = _padding(runtime, settings)
+        # A workspace in which each layer is a part of its own.
+        small = Workspace(Parts.smallest(candidates.geometry()), runtime.cache.device)
+        for workspace in (runtime.workspace, small):
+            execute(policy(), replace(candidates, workspace=workspace), runtime.cache)
     if runtime.cache.device.type == "cuda":
         torch.cuda.synchronize(runtime.cache.device)
 
 
-def _padding(runtime: Runtime, settings: KvPolicyConfig, workspace: Workspace) -> Candidates:
+def _padding(runtime: Runtime, settings: KvPolicyConfig) -> Candidates:
     """One request of two pages, both the padding page, of which one is kept."""
-    device, page_size, cache = runtime.cache.device, runtime.page_size, runtime.cache
+    device, page_size = runtime.cache.device, runtime.page_size
     numbers = torch.tensor([0, 2, 0, 0, page_size, 0], dtype=torch.int32, device=device)
     pages = Pages(numbers[:2], numbers[2:4], numbers[4:5], numbers[5:], page_size, 2 * page_size)
-    return Candidates(
-        settings,
-        cache.keys,
-        cache.key_scale,
-        pages,
-        torch.zeros(1, dtype=torch.int64, device=device),
-        Budgets.equal(1, page_size, 0, device),
-        runtime.queries,
-        workspace,
-    )
-
-
-def _small(runtime: Runtime, settings: KvPolicyConfig) -> Workspace:
-    """A workspace in which each layer is a part of its own."""
-    whole = _padding(runtime, settings, runtime.workspace)
-    return Workspace(Parts.smallest(whole.geometry()), runtime.cache.device)
+    logical = torch.zeros(1, dtype=torch.int64, device=device)
+    return runtime.candidates(settings, pages, logical, Budgets.equal(1, page_size, 0, device))

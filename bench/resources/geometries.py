@@ -13,8 +13,7 @@ from sglang_tri.kernels import compact_triton, score_triton, select_triton
 from sglang_tri.kernels.backend import Traits
 from sglang_tri.kernels.pages import PagedBuffers
 from sglang_tri.kernels.queries import Queries
-
-MODES = ("per-head", "per-layer-per-head", "union")
+from sglang_tri.kernels.select import MODES
 
 
 @dataclass(frozen=True)

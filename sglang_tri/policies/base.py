@@ -48,20 +48,11 @@ class Candidates:
     def layers(self) -> int:
         return len(self.keys)
 
-    @property
-    def query_heads(self) -> int:
-        return self.queries.heads if self.queries is not None else self.keys.heads
-
     def geometry(self) -> Geometry:
         """What the memory of a round depends on."""
-        return Geometry(
-            self.layers,
-            self.query_heads,
-            self.keys.heads,
-            self.settings.eviction_mode == "per-layer-per-head",
-            self.pages.longest,
-            self.budgets.largest,
-        )
+        by_layer = self.settings.eviction_mode == "per-layer-per-head"
+        longest, kept = self.pages.longest, self.budgets.largest
+        return Geometry.of(self.keys, self.queries, by_layer, longest, kept)
 
     def parts(self) -> Parts:
         """How much of this is scored at a time."""

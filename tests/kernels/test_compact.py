@@ -110,29 +110,29 @@ def check(
         assert torch.equal(old[~touched], new[~touched])
 
 
+def run_alone(
+    layout: Paged, device: torch.device, dim: int, budget: int, recent: int, keep_order: bool
+) -> None:
+    """One request, with random kept sets of two heads."""
+    (count,) = layout.counts
+    kept = random_kept((1, 2), count, budget, recent, 0)
+    moves = Moves.keeping(kept, count, recent, keep_order)
+    moves = Moves(*(part[:, None].to(device) for part in (moves.target, moves.source, moves.count)))
+    before = ramp(layout, 2, 2, dim, torch.bfloat16)
+    after = before.clone().to(device)
+    compact([layout.buffers(list(after))], layout.pages(device), moves)
+    check(layout, before, after, {0: kept}, budget, recent, keep_order)
+
+
 @pytest.mark.parametrize("keep_order", [False, True])
 def test_more_moves_than_a_block(device: torch.device, keep_order: bool) -> None:
     """Rows of later blocks lie where earlier ones go, and the other way round."""
-    layout = Paged(1, [2], [700], "NHD", 3)
-    kept = random_kept((1, 2), 700, 400, 30, 0)
-    moves = Moves.keeping(kept, 700, 30, keep_order)
-    moves = Moves(*(part[:, None].to(device) for part in (moves.target, moves.source, moves.count)))
-    before = ramp(layout, 2, 2, 32, torch.bfloat16)
-    after = before.clone().to(device)
-    compact([layout.buffers(list(after))], layout.pages(device), moves)
-    check(layout, before, after, {0: kept}, 400, 30, keep_order)
+    run_alone(Paged(1, [2], [700], "NHD", 3), device, 32, 400, 30, keep_order)
 
 
 def test_recent_rows_overlap_their_old_place(device: torch.device) -> None:
     """More recent tokens than are evicted: they slide over themselves."""
-    layout = Paged(4, [0], [210], "HND", 3)
-    kept = random_kept((1, 1), 210, 200, 150, 0)
-    moves = Moves.keeping(kept, 210, 150, False)
-    moves = Moves(*(part[:, None].to(device) for part in (moves.target, moves.source, moves.count)))
-    before = ramp(layout, 1, 1, 8, torch.bfloat16)
-    after = before.clone().to(device)
-    compact([layout.buffers(list(after))], layout.pages(device), moves)
-    check(layout, before, after, {0: kept}, 200, 150, False)
+    run_alone(Paged(4, [0], [210], "HND", 3), device, 8, 200, 150, False)
 
 
 def test_keys_and_values_of_different_sizes() -> None:
