@@ -80,12 +80,9 @@ def run_arm(name: str, model: Path, policy: list[str], folder: Path) -> Arm:
     with Server(model, arguments, log, on_wait=bar.refresh) as server, bar:
         bar.set_description(name)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=1800)
-        # From here on the radix cache holds the system prompt.
-        ask(client, [{"role": "system", "content": SYSTEM}], tokens=8)
-        chats = [
-            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
-            for question in QUESTIONS
-        ]
+        # From here on the radix cache holds all that the chats share, whichever comes first.
+        ask(client, opening(""), tokens=8)
+        chats = [opening(question) for question in QUESTIONS]
         turns = []
         for _ in range(TURNS):
             decode_log = DecodeLog(log)
@@ -114,6 +111,10 @@ def follow(log: DecodeLog, bar: tqdm) -> Iterator[None]:
         stop.set()
         watcher.join()
         log.read_new()
+
+
+def opening(question: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
 
 
 def ask(client: openai.OpenAI, messages: list[dict[str, str]], tokens: int) -> Choice:
