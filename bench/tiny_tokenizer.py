@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,31 @@ def write_tokenizer(path: Path, size: int = 0) -> None:
         size: of the vocabulary, if it is to be larger than bytes and specials: the rest are ids
             that no text is encoded with, but that are decoded to text.
     """
-    vocab = {char: byte for byte, char in enumerate(_byte_characters())}
+    vocab = {char: byte for byte, char in enumerate(byte_characters())}
     if size:
         vocab |= {text: special_id(text) for text in SPECIALS}
         vocab |= {f"_{token}": token for token in range(len(vocab), size)}
-    _write(path, vocab, SPECIALS)
+    write_bpe(path, vocab, SPECIALS)
 
 
 def write_printable_tokenizer(path: Path) -> None:
     """One of printable ASCII only; its texts have as many tokens for the other."""
-    characters = _byte_characters()
-    _write(path, {characters[byte]: token for token, byte in enumerate(PRINTABLE)}, ())
+    characters = byte_characters()
+    write_bpe(path, {characters[byte]: token for token, byte in enumerate(PRINTABLE)}, ())
 
 
-def _write(path: Path, vocab: dict[str, int], specials: tuple[str, ...]) -> None:
+def write_bpe(
+    path: Path,
+    vocab: dict[str, int],
+    specials: tuple[str, ...],
+    merges: Sequence[str] = (),
+    template: str = CHAT_TEMPLATE,
+) -> None:
+    """Write a byte-level BPE tokenizer into the folder `path`; `specials` follow the 256 bytes."""
     path.mkdir(parents=True, exist_ok=True)
     added = [
         {
-            "id": special_id(text),
+            "id": BYTES + number,
             "content": text,
             "single_word": False,
             "lstrip": False,
@@ -49,7 +57,7 @@ def _write(path: Path, vocab: dict[str, int], specials: tuple[str, ...]) -> None
             "normalized": False,
             "special": True,
         }
-        for text in specials
+        for number, text in enumerate(specials)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     tokenizer = {
@@ -61,21 +69,21 @@ def _write(path: Path, vocab: dict[str, int], specials: tuple[str, ...]) -> None
         "pre_tokenizer": {**byte_level, "trim_offsets": True},
         "post_processor": None,
         "decoder": {**byte_level, "trim_offsets": True},
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        "model": {"type": "BPE", "vocab": vocab, "merges": list(merges)},
     }
     write_json(path / "tokenizer.json", tokenizer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 32768,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
     }
     if specials:
         config |= {"eos_token": EOS, "pad_token": "<|endoftext|>"}
     write_json(path / "tokenizer_config.json", config)
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The character that stands for each byte in byte-level BPE vocabularies."""
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = [byte for byte in range(BYTES) if byte not in visible]

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.simulator.policies import Policy, make_policy
+from bench.simulator.policies import Policy
+from bench.simulator.registry import make_policy
 from bench.simulator.request import head_start
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
@@ -37,6 +38,11 @@ class Answer:
     text: str
     meta: dict[str, Any]
 
+    def error(self, expected: np.ndarray) -> float:
+        """Largest difference from `expected`, which may be of the first tokens alone."""
+        errors = np.abs(expected - self.logprobs[: len(expected)])
+        return float(errors[~np.isnan(errors)].max())
+
 
 def tokens_of(text: str) -> list[int]:
     """The tiny models' tokenizer has one token per byte."""
@@ -56,15 +62,20 @@ def send(running: Running, ask: Ask) -> Answer:
     body = running.server.generate(
         input_ids=ask.prompt, sampling_params=params, rid=rid, return_logprob=True
     )
-    pairs = body["meta_info"]["output_token_logprobs"]
-    return Answer(
-        ask,
-        rid,
-        [token for _, token, _ in pairs],
-        np.array([logprob for logprob, _, _ in pairs]),
-        body["text"],
-        body["meta_info"],
-    )
+    ids, meta = body["output_ids"], body["meta_info"]
+    return Answer(ask, rid, ids, known_logprobs(ids, meta), body["text"], meta)
+
+
+def known_logprobs(ids: list[int], meta: dict[str, Any]) -> np.ndarray:
+    """The answer's log-probabilities; NaN for the one that SGLang may lose.
+
+    It counts the first as sent where a request is retracted before its first token is known.
+    """
+    pairs = meta["output_token_logprobs"]
+    lost = len(ids) - len(pairs)
+    assert 0 <= lost <= min(1, meta["num_retractions"])
+    assert [token for _, token, _ in pairs] == ids[lost:]
+    return np.array([np.nan] * lost + [logprob for logprob, _, _ in pairs])
 
 
 def send_all(running: Running, asks: Sequence[Ask]) -> list[Answer]:

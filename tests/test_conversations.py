@@ -9,7 +9,7 @@ import pytest
 
 from bench.simulator.conversation import Conversation
 from bench.simulator.oracle import Oracle
-from bench.simulator.policies import make_policy
+from bench.simulator.registry import make_policy
 from bench.simulator.trace import Replay
 from tests.client import Answer, Ask, early, recorded_rounds, send, send_all, simulated, tokens_of
 from tests.conftest import Running
@@ -61,7 +61,7 @@ class Talk:
 
 
 def exact(judged: Replay, answer: Answer) -> None:
-    assert np.abs(judged.logprobs - answer.logprobs).max() < 1e-4
+    assert answer.error(judged.logprobs) < 1e-4
     # With overlap, a step beyond the last token is already under way when it is known.
     assert judged.surplus in (0, 1)
     if answer.ask.temperature == 0:

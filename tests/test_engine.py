@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench.simulator.oracle import Oracle
-from bench.simulator.policies import make_policy
+from bench.simulator.registry import make_policy
 from tests.client import tokens_of
 
 SCRIPT = """

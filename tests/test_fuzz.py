@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench.simulator.oracle import Oracle
-from bench.simulator.policies import make_policy
+from bench.simulator.registry import make_policy
 from tests.client import Answer, Ask, recorded_rounds, send, send_all, tokens_of
 from tests.conftest import Running
 from tests.probing import ask
@@ -140,7 +140,7 @@ def exact_so_far(server: Running, answer: Answer, settings: dict[str, Any], toke
         make_policy("triattention", **settings),
         server.setup.page_size,
     )
-    assert np.abs(judged.logprobs - answer.logprobs[:tokens]).max() < 1e-4
+    assert answer.error(judged.logprobs) < 1e-4
 
 
 @FUZZED
@@ -151,7 +151,7 @@ def test_exact_after_the_storm(server: Running) -> None:
     oracle = Oracle(server.model, server.stats)
     policy = make_policy("triattention", **settings)
     judged = oracle.replay(request.prompt, answer.ids, policy, server.setup.page_size)
-    assert np.abs(judged.logprobs - answer.logprobs).max() < 1e-4
+    assert answer.error(judged.logprobs) < 1e-4
     assert len(judged.rounds) >= 5
 
 
@@ -187,7 +187,7 @@ def test_retracted_requests_are_exact(server: Running, reuse: str) -> None:
                 recorded_rounds(server.trace, answer.rid),
             )
             assert answer.meta["kv_policy"]["rounds"] - len(judged.rounds) in (0, 1)
-            assert np.abs(judged.logprobs - answer.logprobs).max() < 1e-4
+            assert answer.error(judged.logprobs) < 1e-4
         if verified >= 3:
             return
     pytest.fail(f"only {verified} retractions could be judged")
@@ -223,4 +223,4 @@ def test_a_full_store_forgets_the_oldest(server: Running) -> None:
         assert again.meta["kv_policy"]["history"] == kept
         cached = again.meta["cached_tokens"]
         judged = talk.turn(prompt, again.ids, cached, recorded_rounds(server.trace, again.rid))
-        assert np.abs(judged.logprobs - again.logprobs).max() < 1e-4
+        assert again.error(judged.logprobs) < 1e-4

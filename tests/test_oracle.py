@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from bench.simulator.oracle import Oracle, Replay
-from bench.simulator.policies import make_policy
+from bench.simulator.registry import make_policy
 from tests.client import Answer, Ask, recorded_rounds, send_all, simulated, tokens_of
 from tests.conftest import Running
 from tests.setups import SETUPS
@@ -68,7 +67,7 @@ def check(running: Running, policies: list[dict[str, object]]) -> None:
     counts: Counter[str] = Counter()
     for answer in send_all(running, workload(policies)):
         judged = replay(oracle, running, answer)
-        difference = float(np.abs(judged.logprobs - answer.logprobs).max())
+        difference = answer.error(judged.logprobs)
         assert difference < LOGPROB_TOLERANCE, (answer.ask.policy, difference)
         if answer.ask.temperature == 0:
             assert judged.greedy.tolist() == answer.ids, answer.ask.policy
@@ -100,4 +99,4 @@ def test_eviction_is_visible(server: Running) -> None:
     (answer,) = send_all(server, [Ask(tokens_of("Visible?"), 250, {}, 1.0)])
     oracle = Oracle(server.model, server.stats)
     full = oracle.replay(answer.ask.prompt, answer.ids, make_policy("none"))
-    assert np.abs(full.logprobs - answer.logprobs).max() > 100 * LOGPROB_TOLERANCE
+    assert answer.error(full.logprobs) > 100 * LOGPROB_TOLERANCE

@@ -12,9 +12,9 @@ from .policies import (
     Ranking,
     Streaming,
     TriAttention,
-    make_policy,
 )
-from .request import Round
+from .registry import make_policy
+from .request import Request, Round
 from .selection import RoundMismatch
 from .stats import Stats, load_stats
 from .trace import Replay
@@ -27,6 +27,7 @@ __all__ = [
     "Policy",
     "Ranking",
     "Replay",
+    "Request",
     "Restart",
     "Round",
     "RoundMismatch",

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from . import Oracle, make_policy
 from .policies import MODES
+from .registry import POLICIES
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--stats", type=Path)
-    parser.add_argument("--policy", default="none", choices=("none", "streaming", "triattention"))
+    parser.add_argument("--policy", default="none", choices=("none", *POLICIES))
     parser.add_argument("--mode", default="per-head", choices=MODES)
     parser.add_argument("--budget", type=int, default=64, help="tokens")
     parser.add_argument("--interval", type=int, default=32, help="tokens")

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+WINDOW = 64
+"""Queries that are remembered."""
+
 
 @dataclass
 class LayerCache:
@@ -23,12 +26,18 @@ class LayerCache:
     """[kv heads, m, head_dim]."""
     positions: torch.Tensor
     """Logical positions: int64 [kv heads, m], ascending."""
+    received: torch.Tensor
+    """Attention that each token was paid so far, summed over queries and heads: [kv heads, m]."""
+    queries: torch.Tensor
+    """Of the last tokens, at most WINDOW, after RoPE: [query heads, tokens, head_dim]."""
 
     @classmethod
-    def empty(cls, heads: int, head_dim: int, dtype: torch.dtype) -> LayerCache:
+    def empty(cls, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerCache:
         """A cache without tokens."""
-        nothing = torch.empty(heads, 0, head_dim, dtype=dtype)
-        return cls(nothing, nothing, nothing, torch.empty(heads, 0, dtype=torch.int64))
+        nothing = torch.empty(kv_heads, 0, head_dim, dtype=dtype)
+        places = torch.empty(kv_heads, 0, dtype=torch.int64)
+        queries = torch.empty(heads, 0, head_dim, dtype=dtype)
+        return cls(nothing, nothing, nothing, places, nothing[..., 0], queries)
 
     def __len__(self) -> int:
         return self.positions.shape[1]
@@ -46,6 +55,16 @@ class LayerCache:
         self.values = torch.cat([self.values, values], dim=1)
         spread = positions.expand(self.positions.shape[0], -1)
         self.positions = torch.cat([self.positions, spread], dim=1)
+        new = torch.zeros(len(spread), len(positions), dtype=self.received.dtype)
+        self.received = torch.cat([self.received, new], dim=1)
+
+    def observe(self, queries: torch.Tensor, weights: torch.Tensor) -> None:
+        """Note the last tokens' queries [query heads, tokens, head_dim], after RoPE.
+
+        weights: the attention that they pay: [kv heads, group, tokens, m].
+        """
+        self.queries = torch.cat([self.queries, queries], dim=1)[:, -WINDOW:]
+        self.received = self.received + weights.sum(dim=(1, 2))
 
     def keep(self, start: int, index: torch.Tensor) -> None:
         """Drop from list place `start` on all but those at start + index: int64 [kv heads, k]."""
@@ -56,6 +75,7 @@ class LayerCache:
         self.rotated = self.rotated[rows, places]
         self.values = self.values[rows, places]
         self.positions = self.positions[rows, places]
+        self.received = self.received[rows, places]
 
     def truncate(self, length: int) -> None:
         """Drop logical positions from `length` on; every head must hold equally many below."""
@@ -64,3 +84,5 @@ class LayerCache:
         self.rotated = self.rotated[:, :size]
         self.values = self.values[:, :size]
         self.positions = self.positions[:, :size]
+        self.received = self.received[:, :size]
+        self.queries = self.queries[:, :0]

@@ -36,12 +36,14 @@ class Decoder:
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.head_dim: int = model.model.layers[0].self_attn.head_dim
+        self.scaling: float = model.model.layers[0].self_attn.scaling
         self.rope = Rope(model, self.head_dim)
 
     def new_cache(self) -> list[LayerCache]:
         """Empty KV lists, one entry a layer."""
         return [
-            LayerCache.empty(self.kv_heads, self.head_dim, self.dtype) for _ in range(self.layers)
+            LayerCache.empty(self.heads, self.kv_heads, self.head_dim, self.dtype)
+            for _ in range(self.layers)
         ]
 
     @torch.inference_mode()
@@ -80,7 +82,10 @@ class Decoder:
         keys = self._split(block.k_proj(x), getattr(block, "k_norm", None))
         values = self._split(block.v_proj(x), None)
         kv.append(keys, self.rope.rotate(keys, positions), values, positions)
-        mixed = attend(self.rope.rotate(queries, positions), kv.rotated, kv.values, block.scaling)
+        queries = self.rope.rotate(queries, positions)
+        weights = attention(queries, kv.rotated, self.scaling)
+        kv.observe(queries, weights)
+        mixed = (weights @ kv.values[:, None]).flatten(0, 1)
         out: torch.Tensor = block.o_proj(mixed.transpose(0, 1).flatten(1))
         return out
 
@@ -90,20 +95,17 @@ class Decoder:
         return (x if norm is None else _norm(norm, x)).transpose(0, 1)
 
 
-def attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Softmax attention of the last T of m tokens; returns [heads, T, head_dim].
+def attention(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Softmax weights of the last T of m tokens: [kv heads, group, T, m].
 
-    queries [heads, T, head_dim], keys and values [kv heads, m, head_dim]; of the last T keys
-    query i sees the first i + 1, of the others all.
+    queries [heads, T, head_dim], keys [kv heads, m, head_dim]; of the last T keys query i sees the
+    first i + 1, of the others all.
     """
     new, resident = queries.shape[1], keys.shape[1]
     grouped = queries.reshape(keys.shape[0], -1, new, queries.shape[2])
     weights = grouped @ keys[:, None].transpose(2, 3) * scaling
     visible = torch.ones(new, resident, dtype=torch.bool).tril(resident - new)
-    weights = weights.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return (weights @ values[:, None]).flatten(0, 1)
+    return weights.masked_fill(~visible, float("-inf")).softmax(dim=-1)
 
 
 def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:

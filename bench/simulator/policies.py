@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from .observed import Observed
 from .rope import Rope
 from .scoring import combine, key_scores
 from .stats import Stats
@@ -31,6 +31,8 @@ class Candidates:
     """How many of the n stay."""
     rope: Rope
     stats: Stats | None
+    observed: Observed | None = None
+    """For policies that rank by the request's own queries."""
 
     def __len__(self) -> int:
         return self.positions.shape[-1]
@@ -44,6 +46,11 @@ class Ranking:
     """float64 [layers or 1, kv heads or 1, n]; an axis of 1 means one set for all."""
     protected: torch.Tensor
     """bool [n]."""
+
+
+def newest(candidates: Candidates, count: int) -> torch.Tensor:
+    """Marks the last `count` candidates: bool [n]."""
+    return torch.arange(len(candidates)) >= len(candidates) - count
 
 
 class Policy(ABC):
@@ -94,8 +101,8 @@ class Streaming(Policy):
 
     def rank(self, candidates: Candidates) -> Ranking:
         place = torch.arange(len(candidates))
-        newest = len(candidates) - (candidates.keep - self.sinks)
-        protected = (place < self.sinks) | (place >= newest)
+        latest = newest(candidates, candidates.keep - self.sinks)
+        protected = (place < self.sinks) | latest
         return Ranking(torch.zeros(1, 1, len(candidates), dtype=torch.float64), protected)
 
 
@@ -120,8 +127,7 @@ class TriAttention(Policy):
 
     def rank(self, candidates: Candidates) -> Ranking:
         scores = combine(self.scores(candidates), self.mode, self.normalize)
-        protected = torch.arange(len(candidates)) >= len(candidates) - self.recent
-        return Ranking(scores, protected)
+        return Ranking(scores, newest(candidates, self.recent))
 
     def scores(self, candidates: Candidates) -> torch.Tensor:
         """Raw scores S(k): float64 [layers, kv heads, query heads per kv head, n]."""
@@ -148,16 +154,3 @@ class TriAttention(Policy):
                 )
             ]
         )
-
-
-def make_policy(name: str, budget: int = 1, interval: int = 1, **options: object) -> Policy:
-    """A policy by the name that the server uses: none, streaming or triattention."""
-    if name == "none":
-        return NoEviction()
-    kinds: dict[str, Callable[..., Policy]] = {
-        "streaming": Streaming,
-        "triattention": TriAttention,
-    }
-    if name not in kinds:
-        raise ValueError(f"unknown policy {name!r}")
-    return kinds[name](budget, interval, **options)

@@ -11,6 +11,7 @@ import torch
 
 from .decoder import Decoder
 from .history import History
+from .observed import Observed
 from .policies import Candidates, Policy
 from .selection import RoundMismatch, reconcile, select
 from .stats import Stats
@@ -151,11 +152,23 @@ class Request:
             keep=self.keep,
             rope=self.decoder.rope,
             stats=self.ledger.stats,
+            observed=self.observed(),
         )
         index = self.ledger.decide(step, candidates)
         shared = index.expand(len(cache), self.decoder.kv_heads, -1)
         self.history.keep(self.start, self.begin, shared)
         self.due = self.limit
+
+    def observed(self) -> Observed:
+        """What policies with live queries see now."""
+        cache = self.history.cache
+        return Observed(
+            keys=torch.stack([kv.rotated for kv in cache]),
+            queries=torch.stack([kv.queries for kv in cache]),
+            received=torch.stack([kv.received[:, self.start :] for kv in cache]),
+            start=self.start,
+            scaling=self.decoder.scaling,
+        )
 
 
 def round_up(tokens: int, page_size: int) -> int:

@@ -1,0 +1,8 @@
+"""Published eviction policies to compare with: formulas from the papers, code our own."""
+
+from .chance import Chance
+from .h2o import H2O
+from .rkv import RKV
+from .snapkv import SnapKV
+
+__all__ = ["H2O", "RKV", "Chance", "SnapKV"]
