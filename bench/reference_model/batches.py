@@ -11,6 +11,8 @@ from .tasks import TASKS, example
 from .tokenizer import PAD, output_ids, prompt_ids
 
 IGNORED = -100
+SEED_BITS = 40
+"""Of the instances that are trained on; those for evaluation have larger seeds."""
 FIRST = {"tree": 1, "registers": 3, "variables": 4}
 """Depths to begin with: chains of a few dozen tokens."""
 LAST = {"tree": 20, "registers": 64, "variables": 90}
@@ -63,7 +65,7 @@ def make_batch(task: str, depth: int, rng: random.Random, tokens: int) -> Batch:
     rows: list[tuple[list[int], list[int]]] = []
     longest = 0
     while True:
-        drawn = example(task, depth, rng.getrandbits(48))
+        drawn = example(task, depth, rng.getrandbits(SEED_BITS))
         prompt, output = prompt_ids(drawn.question), output_ids(drawn)
         longest = max(longest, len(prompt) + len(output))
         if rows and longest * (len(rows) + 1) > tokens:

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sglang_tri.stats.describe import concentration
+from sglang_tri.stats.statistics import Statistics
+
 from .batches import IGNORED, Batch, Curriculum, make_batch
-from .concentration import strongest
-from .model import Shape, build, write_model
+from .model import HEAD_DIM, Shape, build, write_model
 from .tasks import TASKS
 
 
@@ -57,10 +59,10 @@ class Run:
         self.model = build(recipe.shape, recipe.seed)
         self.optimizer = make_optimizer(self.model, recipe)
 
-    def train_step(self) -> dict[str, float]:
-        """One batch of each task; returns the share of right chains by task."""
+    def train_step(self) -> dict[str, tuple[float, float]]:
+        """One batch of each task; returns loss (nats) and share of right chains by task."""
         rng = random.Random(f"{self.recipe.seed} {self.step}")
-        right = {}
+        results = {}
         for task in TASKS:
             depth = self.curriculum.draw(task, rng)
             batch = make_batch(task, depth, rng, self.recipe.tokens)
@@ -68,14 +70,14 @@ class Run:
             (loss / len(TASKS)).backward()
             self.curriculum.report(task, depth, solved)
             self.seen += batch.inputs.numel()
-            right[task] = solved
+            results[task] = loss.item(), solved
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * self.recipe.rate(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return right
+        return results
 
     def save(self, path: Path) -> None:
         content = {
@@ -127,58 +129,60 @@ def judge(model: Any, batch: Batch) -> tuple[torch.Tensor, float]:
 
 
 @torch.no_grad()
-def measure_concentration(model: Any, batch: Batch) -> torch.Tensor:
-    """R over the three strongest pairs: float32 [layers, query heads]."""
-    found: list[torch.Tensor] = []
+def measure(model: Any, batch: Batch) -> torch.Tensor:
+    """R over the three strongest frequency pairs: float32 [layers, query heads]."""
+    means, sizes = [], []
     handles = []
     for layer in model.model.layers:
         attn = layer.self_attn
         source = attn.q_norm if hasattr(attn, "q_norm") else attn.q_proj
 
-        def hook(_module: Any, _inputs: Any, out: torch.Tensor) -> None:
-            heads = out.reshape(batch.inputs.numel(), -1, 64)
+        def note(_module: Any, _inputs: Any, out: torch.Tensor) -> None:
+            heads = out.reshape(batch.inputs.numel(), -1, HEAD_DIM)
             pairs = torch.complex(*heads.chunk(2, dim=-1))
-            found.append(strongest(pairs.mean(0), pairs.abs().mean(0)))
+            means.append(pairs.mean(0))
+            sizes.append(pairs.abs().mean(0))
 
-        handles.append(source.register_forward_hook(hook))
+        handles.append(source.register_forward_hook(note))
     model.model(batch.inputs, use_cache=False)
     for handle in handles:
         handle.remove()
-    return torch.stack(found)
+    return concentration(Statistics(torch.stack(means), torch.stack(sizes))).strongest
 
 
 def train(run: Run, minutes: float, folder: Path, every: int = 50) -> None:
     """Train until the recipe's last step or for `minutes`, and log to `folder`."""
     began = time.monotonic()
     before = run.seconds
-    right: dict[str, list[float]] = {task: [] for task in TASKS}
+    results: list[dict[str, tuple[float, float]]] = []
     with (folder / "log.jsonl").open("a") as log:
         while run.step < run.recipe.steps and time.monotonic() - began < 60 * minutes:
-            for task, share in run.train_step().items():
-                right[task].append(share)
+            results.append(run.train_step())
             run.seconds = before + time.monotonic() - began
             if run.step % every == 0:
-                line = progress(run, right)
-                log.write(json.dumps(line) + "\n")
+                line = json.dumps(progress(run, results))
+                log.write(f"{line}\n")
                 log.flush()
                 print(line, flush=True)
-                right = {task: [] for task in TASKS}
-            if run.step % (10 * every) == 0:
+                results = []
+            if run.step % (5 * every) == 0:
                 run.save(folder / "checkpoint.pt")
 
 
-def progress(run: Run, right: dict[str, list[float]]) -> dict[str, Any]:
+def progress(run: Run, results: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
     depth = run.curriculum.depths["tree"]
-    batch = make_batch("tree", depth, random.Random(0), 2048)
-    found = measure_concentration(run.model, batch)
+    found = measure(run.model, make_batch("tree", depth, random.Random(0), 2048))
+    means = {
+        task: torch.tensor([result[task] for result in results]).mean(0).tolist() for task in TASKS
+    }
     return {
         "step": run.step,
         "tokens": run.seen,
         "seconds": round(run.seconds),
         "depths": dict(run.curriculum.depths),
-        "right": {task: round(sum(v) / len(v), 3) for task, v in right.items()},
-        "R": round(found.mean().item(), 3),
-        "R by layer": [round(r, 2) for r in found.mean(1).tolist()],
+        "loss": {task: round(loss, 4) for task, (loss, _) in means.items()},
+        "right": {task: round(right, 3) for task, (_, right) in means.items()},
+        "R": [round(r, 2) for r in found.mean(1).tolist()],
     }
 
 

@@ -19,6 +19,8 @@ class Stats:
     """E[q_f]: complex128 [layers, query heads, head_dim / 2]."""
     abs_mean: torch.Tensor
     """E|q_f|: float64 [layers, query heads, head_dim / 2]."""
+    square: torch.Tensor | None = None
+    """E|q_f|^2, likewise; official files lack it."""
 
 
 def load_stats(path: str | Path, layers: int, heads: int, pairs: int) -> Stats:

@@ -1,0 +1,1 @@
+"""Accuracy of eviction policies on the reference model's tasks."""

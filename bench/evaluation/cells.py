@@ -1,0 +1,77 @@
+"""Cells: one method at one budget on one task at one depth; and what was found in them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .judge import Outcome
+
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Budget and interval in tokens; `share` is the budget's of the mean chain, 0 for full."""
+
+    method: str
+    task: str
+    depth: int
+    share: float
+    budget: int
+    interval: int
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Outcomes of a cell's instances."""
+
+    solved: int
+    instances: int
+    rounds: float
+    """Mean number held in an instance."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.solved / self.instances
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's score interval at 95% (J. Am. Stat. Assoc. 22, 1927)."""
+        n, share, z = self.instances, self.accuracy, Z95
+        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class Results:
+    """Outcomes by cell and instance, in a file that grows: a run goes on where it ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[Cell, dict[int, Outcome]] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                content = json.loads(line)
+                cell = Cell(**content["cell"])
+                outcomes = self.outcomes.setdefault(cell, {})
+                outcomes[content["instance"]] = Outcome(**content["outcome"])
+
+    def missing(self, cell: Cell, instances: Iterable[int]) -> Iterator[int]:
+        known = self.outcomes.get(cell, {})
+        return (number for number in instances if number not in known)
+
+    def add(self, cell: Cell, instance: int, outcome: Outcome) -> None:
+        self.outcomes.setdefault(cell, {})[instance] = outcome
+        content = {"cell": asdict(cell), "instance": instance, "outcome": asdict(outcome)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+
+    def tally(self, cell: Cell) -> Tally:
+        outcomes = self.outcomes[cell].values()
+        solved = sum(outcome.solved for outcome in outcomes)
+        rounds = sum(outcome.rounds for outcome in outcomes) / len(outcomes)
+        return Tally(solved, len(outcomes), rounds)

@@ -1,0 +1,69 @@
+"""Whether the model solves an instance under a policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.reference_model.batches import SEED_BITS
+from bench.reference_model.tasks import Example, example
+from bench.reference_model.tokenizer import output_ids, prompt_ids
+from bench.simulator import Oracle, Request
+from bench.simulator.history import History
+from bench.simulator.policies import Policy
+from bench.simulator.request import Ledger
+
+HELD_OUT = 1 << SEED_BITS
+"""Instances from this seed on are for evaluation: none of them was trained on."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One instance under one policy."""
+
+    solved: bool
+    correct: int
+    """Tokens of the output before the first wrong one."""
+    length: int
+    """Tokens of the right output."""
+    rounds: int
+
+
+def instance(task: str, depth: int, number: int) -> Example:
+    """Held-out instance `number`."""
+    return example(task, depth, HELD_OUT + number)
+
+
+def judge(oracle: Oracle, policy: Policy, question: Example) -> Outcome:
+    """Whether the greedy answer to a question is the right one, chain and all."""
+    return follow(oracle, policy, prompt_ids(question.question), output_ids(question))
+
+
+def follow(oracle: Oracle, policy: Policy, prompt: list[int], expected: list[int]) -> Outcome:
+    """Decode greedily as far as the output is the expected one.
+
+    Greedy decoding gives the expected output if and only if its next token is the most probable at
+    every step: they are fed, in chunks that end where a round is held, up to the first that is not.
+    """
+    ledger = Ledger(policy, oracle.stats, None, 0.0)
+    history = History(oracle.decoder.new_cache())
+    request = Request(oracle.decoder, history, 1, ledger, prompt)
+    hidden = request.prefill(prompt, 0)
+    done = 0
+    while True:
+        greedy = oracle.decoder.logits(hidden).argmax(dim=-1).tolist()
+        wanted = expected[done : done + len(greedy)]
+        right = _agreeing(greedy, wanted)
+        done += right
+        if right < len(greedy) or done == len(expected):
+            solved = done == len(expected)
+            return Outcome(solved, done, len(expected), len(ledger.rounds))
+        if request.steps_until_round() == 0:
+            request.evict(done)
+        free = request.steps_until_round()
+        end = len(expected) if free is None else done + free
+        hidden = request.feed(expected[done - 1 : min(end, len(expected)) - 1])
+
+
+def _agreeing(one: list[int], other: list[int]) -> int:
+    pairs = zip(one, other, strict=True)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(one))

@@ -1,0 +1,59 @@
+"""The methods that are compared, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.simulator.policies import Policy
+from bench.simulator.registry import make_policy
+from bench.simulator.variants import Terms, Variant
+
+RECENT = 8
+"""The latest tokens that stay with every method: the window of R-KV and of SnapKV."""
+
+Method = Callable[[int, int], Policy]
+"""Budget and interval in tokens to a policy."""
+
+
+def _named(name: str, **options: object) -> Method:
+    return lambda budget, interval: make_policy(name, budget, interval, **options)
+
+
+def _variant(mode: str = "per-head", normalize: bool = True, **terms: object) -> Method:
+    def make(budget: int, interval: int) -> Policy:
+        chosen = Terms(**terms)  # type: ignore[arg-type]
+        return Variant(budget, interval, chosen, recent=RECENT, mode=mode, normalize=normalize)
+
+    return make
+
+
+PUBLISHED: dict[str, Method] = {
+    "full": _named("none"),
+    "triattention": _named("triattention", recent=RECENT),
+    "snapkv": _named("snapkv", window=RECENT),
+    "rkv": _named("rkv", window=RECENT),
+    "h2o": _named("h2o"),
+    "streaming": _named("streaming", recent=RECENT),
+    "random": _named("random", recent=RECENT),
+}
+
+ABLATIONS: dict[str, Method] = {
+    "no trigonometric term": _variant(trigonometric=False),
+    "no norm term": _variant(spread="none"),
+    "max over offsets": _variant(offsets="max"),
+    "per layer and head": _variant(mode="per-layer-per-head"),
+    "union": _variant(mode="union"),
+    "no z-norm": _variant(normalize=False),
+}
+
+IMPROVEMENTS: dict[str, Method] = {
+    "variance added": _variant(spread="both"),
+    "variance instead": _variant(spread="variance"),
+    "value norms": _variant(values=True),
+    "first tokens": _variant(first=4),
+}
+
+METHODS: dict[str, Method] = PUBLISHED | ABLATIONS | IMPROVEMENTS
+
+SERVED = {"full": "none", "triattention": "triattention", "streaming": "streaming"}
+"""The server's names of those that it has."""

@@ -1,0 +1,68 @@
+"""Which cells are run, and with how many instances each."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.reference_model.tokenizer import output_ids
+
+from .cells import Cell
+from .judge import instance
+
+SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
+"""Budgets as shares of the mean output of a cell's instances."""
+INTERVAL = 16
+DEPTHS = {"tree": (8, 14, 20), "registers": (24, 44, 64), "variables": (30, 60, 90)}
+"""Depths that were trained, easy to hardest."""
+BEYOND = {"tree": (24, 28), "registers": (72, 80), "variables": (96,)}
+"""Deeper than any that was trained."""
+AT = 0.12
+"""Share of the chain at which depths are compared."""
+_SAMPLE = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells of one study, by what they vary."""
+
+    budgets: list[Cell]
+    """Methods by budget, at the hardest trained depth."""
+    depths: list[Cell]
+    """Methods by depth, at one share of the chain."""
+
+    @property
+    def cells(self) -> list[Cell]:
+        return list(dict.fromkeys([*self.budgets, *self.depths]))
+
+
+def mean_output(task: str, depth: int) -> float:
+    """Tokens of a right output, over some instances."""
+    sizes = [len(output_ids(instance(task, depth, number))) for number in range(_SAMPLE)]
+    return statistics.mean(sizes)
+
+
+def make_cell(method: str, task: str, depth: int, share: float, interval: int = INTERVAL) -> Cell:
+    """The budget is that share of the cell's mean output; full attention has none."""
+    if method == "full":
+        return Cell(method, task, depth, 0.0, 0, 0)
+    budget = round(share * mean_output(task, depth))
+    return Cell(method, task, depth, share, budget, interval)
+
+
+def make_plan(methods: Iterable[str], tasks: Sequence[str]) -> Plan:
+    names = list(methods)
+    budgets = [
+        make_cell(method, task, DEPTHS[task][-1], share)
+        for task in tasks
+        for method in names
+        for share in SHARES
+    ]
+    depths = [
+        make_cell(method, task, depth, AT)
+        for task in tasks
+        for method in names
+        for depth in (*DEPTHS[task], *BEYOND[task])
+    ]
+    return Plan(list(dict.fromkeys(budgets)), list(dict.fromkeys(depths)))

@@ -1,0 +1,101 @@
+"""TriAttention with one thing changed: ablations of the published score, and what may beat it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .policies import Candidates, Ranking, TriAttention, newest
+from .scoring import OFFSETS
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a score is made of; the default is the published one.
+
+    Attributes:
+        trigonometric: whether the expected logit counts.
+        offsets: how distances ahead are joined, `mean` or `max`.
+        spread: what stands for the queries' deviation from their mean: `norm`, the published
+            (E|q_f| - |E q_f|) |k_f|; `variance`, from the log of the expected exponentiated logit
+            of a Gaussian query, E|q_f - E q_f|^2 |k_f|^2 / (4 sqrt(head_dim)); `both`; `none`.
+        values: whether sqrt(head_dim) log |v| is added: a token counts by what it contributes,
+            its exponentiated logit times its value.
+        first: so many of the generation's first tokens always stay.
+    """
+
+    trigonometric: bool = True
+    offsets: str = "mean"
+    spread: str = "norm"
+    values: bool = False
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if self.offsets not in ("mean", "max"):
+            raise ValueError(f"offsets {self.offsets!r}: mean or max")
+        if self.spread not in ("norm", "variance", "both", "none"):
+            raise ValueError(f"spread {self.spread!r}: norm, variance, both or none")
+
+
+class Variant(TriAttention):
+    """Scores of other terms; options as for `TriAttention`."""
+
+    def __init__(self, budget: int, interval: int, terms: Terms, **options: object) -> None:
+        super().__init__(budget, interval, **options)  # type: ignore[arg-type]
+        if terms.first + self.recent > budget:
+            raise ValueError(f"{terms.first} first and {self.recent} recent in {budget} tokens")
+        self.terms = terms
+
+    def rank(self, candidates: Candidates) -> Ranking:
+        ranking = super().rank(candidates)
+        first = torch.arange(len(candidates)) < self.terms.first
+        return Ranking(ranking.scores, first | newest(candidates, self.recent))
+
+    def scores(self, candidates: Candidates) -> torch.Tensor:
+        layers = range(len(candidates.keys))
+        return torch.stack([self._layer(candidates, layer) for layer in layers])
+
+    def _layer(self, candidates: Candidates, layer: int) -> torch.Tensor:
+        """float64 [kv heads, group, n]."""
+        rope, stats, terms = candidates.rope, candidates.stats, self.terms
+        if stats is None:
+            raise ValueError("TriAttention needs query statistics")
+        keys = rope.pairs(candidates.keys[layer])
+        heads = (len(keys), -1)
+        mean, size = (x[layer].unflatten(0, heads) for x in (stats.mean, stats.abs_mean))
+        squared = rope.scale * rope.scale
+        scores = torch.zeros(*mean.shape[:2], keys.shape[1], dtype=torch.float64)
+        if terms.trigonometric:
+            distance = candidates.length - candidates.positions[layer]
+            scores = scores + self._expected(keys * squared, distance, mean, rope.omega)
+        if terms.spread in ("norm", "both"):
+            scores = scores + torch.einsum(
+                "hgf,hnf->hgn", (size - mean.abs()) * squared, keys.abs()
+            )
+        if terms.spread in ("variance", "both"):
+            if stats.square is None:
+                raise ValueError("the statistics lack E|q|^2")
+            variance = stats.square[layer].unflatten(0, heads) - mean.abs().square()
+            weight = variance * squared.square() / (4 * candidates.keys.shape[-1] ** 0.5)
+            scores = scores + torch.einsum("hgf,hnf->hgn", weight, keys.abs().square())
+        if terms.values:
+            size = torch.linalg.vector_norm(candidates.values[layer].double(), dim=-1)
+            scores = scores + candidates.keys.shape[-1] ** 0.5 * size.log()[:, None]
+        return scores
+
+    def _expected(
+        self,
+        keys: torch.Tensor,
+        distance: torch.Tensor,
+        mean: torch.Tensor,
+        omega: torch.Tensor,
+    ) -> torch.Tensor:
+        """The expected logit times sqrt(head_dim), joined over the distances ahead."""
+        logits = []
+        for offset in OFFSETS:
+            angle = (distance + offset).to(torch.float64)[..., None] * omega
+            turned = keys.conj() * torch.polar(torch.ones_like(angle), angle)
+            logits.append(torch.einsum("hgf,hnf->hgn", mean, turned).real)
+        joined = torch.stack(logits)
+        return joined.mean(0) if self.terms.offsets == "mean" else joined.amax(0)

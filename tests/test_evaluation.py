@@ -1,0 +1,184 @@
+"""Tasks, tokenizer and judgement of the accuracy bench."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from bench.evaluation.cells import Cell, Results, Tally
+from bench.evaluation.judge import HELD_OUT, Outcome, follow, instance
+from bench.evaluation.methods import METHODS, RECENT
+from bench.evaluation.plan import make_plan
+from bench.evaluation.report import accuracy_table
+from bench.reference_model.batches import SEED_BITS
+from bench.reference_model.tasks import TASKS, example
+from bench.reference_model.tokenizer import VOCABULARY, output_ids, prompt_ids, write_tokenizer
+from bench.simulator import Oracle, Stats
+from bench.tiny_models import calibration_text, make_model, make_stats
+
+PROMPT = list(calibration_text(60, seed=5).encode())
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    folder = tmp_path_factory.mktemp("evaluation")
+    model = make_model("qwen3", folder / "model")
+    made = Oracle(model, make_stats(model, folder / "stats.pt", tokens=512))
+    assert made.stats is not None
+    square = made.stats.abs_mean.square() * 1.2
+    made.stats = Stats(made.stats.mean, made.stats.abs_mean, square)
+    return made
+
+
+def evaluate_tree(question: str) -> tuple[str, int]:
+    """The root and its value, from the definitions alone."""
+    header, *lines = question.split("\n")
+    root = header.removeprefix("Evaluate ").removesuffix(".")
+    leaves = {line[0]: int(line[1]) for line in lines if "=" not in line}
+    inner = {line[0]: line[2:] for line in lines if "=" in line}
+
+    def value(name: str) -> int:
+        if name in leaves:
+            return leaves[name]
+        first, sign, second = inner[name]
+        a, b = value(first), value(second)
+        return (a + b if sign == "+" else a - b) % 10
+
+    return root, value(root)
+
+
+def run_program(question: str) -> dict[str, int]:
+    """What every register or variable holds in the end."""
+    held: dict[str, int] = {}
+    for line in question.split("\n")[1:]:
+        statement = line[2:] if line[1] == ":" else line
+        if "#" in line:
+            continue
+        if "=" not in statement:
+            held[statement[0]] = int(statement[1])
+        elif len(statement) == 3:
+            held[statement[0]] = held[statement[2]]
+        else:
+            target, first, sign, second = statement[0], *statement[2:]
+            both = held[first], held[second]
+            held[target] = (sum(both) if sign == "+" else both[0] - both[1]) % 10
+    return held
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_answers_are_right(seed: int) -> None:
+    tree = example("tree", 1 + seed, seed)
+    root, value = evaluate_tree(tree.question)
+    assert tree.answer == f"{root}{value}"
+    assert tree.chain.endswith(f"={tree.answer}\n")
+    for task in ("registers", "variables"):
+        made = example(task, 4 + 3 * seed, seed)
+        asked = made.question.split("\n")[0].split()[-1].removesuffix(".")
+        assert made.answer == f"{asked}{run_program(made.question)[asked]}"
+
+
+def test_every_value_in_a_tree_is_computed_once_and_used_once() -> None:
+    made = example("tree", 12, 3)
+    closes = [line for line in made.chain.splitlines() if len(line) == 8]
+    results = {line[-2:] for line in closes}
+    operands = [line[start : start + 2] for line in closes for start in (0, 3)]
+    assert len(results) == len(closes)
+    assert len(set(operands)) == len(operands)
+    assert results - set(operands) == {made.answer}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_chains_grow_with_depth(task: str) -> None:
+    sizes = [
+        len(output_ids(example(task, depth, 0)))
+        for depth in (5, 20, 60 if task == "registers" else 40)
+    ]
+    assert sizes == sorted(sizes)
+    assert example(task, 20, 7) == example(task, 20, 7)
+    assert example(task, 20, 7) != example(task, 20, 8)
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    """What the tasks encode is what the written tokenizer and its chat template make of it."""
+    write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for task in TASKS:
+        made = example(task, 30, 5)
+        chat = [{"role": "user", "content": made.question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert list(prompt) == prompt_ids(made.question)
+        text = f"{made.chain}</think>\n{made.answer}<|im_end|>"
+        assert tokenizer(text).input_ids == output_ids(made)
+        assert tokenizer.decode(output_ids(made)) == text
+    assert max(tokenizer.get_vocab().values()) < VOCABULARY
+    turn = [*chat, {"role": "assistant", "content": "x7", "reasoning_content": "x7\n"}]
+    assert "<think>\nx7\n</think>\nx7<|im_end|>" in tokenizer.apply_chat_template(
+        turn, tokenize=False
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_judged_as_the_model_decodes(oracle: Oracle, method: str) -> None:
+    """An output is right if and only if it is what greedy decoding gives, token for token."""
+    policy = METHODS[method](24, 16)
+    decoded = oracle.generate(PROMPT, 150, policy)
+    expected = decoded.output_ids.tolist()
+    outcome = follow(oracle, METHODS[method](24, 16), PROMPT, expected)
+    assert outcome == Outcome(True, 150, 150, len(decoded.rounds))
+    assert outcome.rounds == 0 if method == "full" else outcome.rounds > 5
+    for place in (0, 97, 149):
+        wrong = [*expected[:place], (expected[place] + 1) % 128, *expected[place + 1 :]]
+        found = follow(oracle, METHODS[method](24, 16), PROMPT, wrong)
+        assert (found.solved, found.correct) == (False, place)
+
+
+def test_methods_differ(oracle: Oracle) -> None:
+    """Every name is a method of its own, and each evicts otherwise than the others."""
+    outputs = {
+        name: tuple(oracle.generate(PROMPT, 200, make(24, 16)).output_ids.tolist())
+        for name, make in METHODS.items()
+    }
+    assert len(set(outputs.values())) == len(METHODS)
+    assert all(make(24, 16).recent in (0, 4, RECENT, 12, 16) for make in METHODS.values())
+
+
+def test_results_go_on(tmp_path: Path) -> None:
+    cell = Cell("random", "tree", 3, 0.1, 20, 16)
+    results = Results(tmp_path / "outcomes.jsonl")
+    results.add(cell, 0, Outcome(True, 9, 9, 2))
+    results.add(cell, 2, Outcome(False, 3, 9, 1))
+    again = Results(tmp_path / "outcomes.jsonl")
+    assert again.outcomes == results.outcomes
+    assert list(again.missing(cell, range(4))) == [1, 3]
+    assert again.tally(cell) == Tally(1, 2, 1.5)
+    assert accuracy_table(again, [cell], "share").splitlines() == [
+        " " * 15 + "10% = 20",
+        "random  50.0 (9.5-90.5)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("solved", "of", "low", "high"), [(0, 10, 0.0, 0.2775), (950, 1000, 0.9347, 0.9619)]
+)
+def test_wilson(solved: int, of: int, low: float, high: float) -> None:
+    """Newcombe 1998 (Stat. Med. 17) has the formula; with none solved it is z^2 / (n + z^2)."""
+    assert Tally(solved, of, 0.0).interval == pytest.approx((low, high), abs=1e-4)
+
+
+def test_plan_covers_what_is_compared() -> None:
+    plan = make_plan(["full", "triattention"], ["tree"])
+    shares = {cell.share for cell in plan.budgets if cell.method == "triattention"}
+    assert min(shares) == 0.03
+    assert max(shares) == 0.5
+    assert len(shares) >= 5
+    assert sum(cell.method == "full" for cell in plan.budgets) == 1
+    assert all(cell.budget >= 2 * RECENT for cell in plan.cells if cell.share)
+
+
+def test_held_out_instances_are_not_trained_on() -> None:
+    trained = {random.Random(n).getrandbits(SEED_BITS) for n in range(1000)}
+    assert max(trained) < HELD_OUT
+    assert instance("tree", 3, 0) == example("tree", 3, HELD_OUT)
