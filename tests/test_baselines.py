@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from bench.simulator import Candidates, Oracle, Request, make_policy
 from bench.simulator.baselines import H2O, RKV, Chance, SnapKV
+from bench.simulator.baselines.adakv import head_budgets
 from bench.simulator.baselines.rkv import redundancy
+from bench.simulator.decoder import attention
 from bench.simulator.history import History
 from bench.simulator.observed import Observed
 from bench.simulator.request import Ledger
@@ -39,7 +41,8 @@ def observed() -> Observed:
     keys[:, :, 9] = keys[:, :, 20]  # Two that are alike.
     keys[:, :, 14] = keys[:, :, 20] + 0.1
     queries = rand(LAYERS, KV_HEADS * GROUP, 12, DIM)
-    return Observed(keys, queries, rand(LAYERS, KV_HEADS, N).abs(), START, DIM**-0.5)
+    resident = torch.ones(LAYERS, KV_HEADS, START + N, dtype=torch.bool)
+    return Observed(keys, queries, rand(LAYERS, KV_HEADS, N).abs(), resident, START, DIM**-0.5)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -185,6 +188,52 @@ def test_whole_outputs(model: Path, name: str) -> None:
     assert len({done.kept[layer, head].tobytes() for layer in range(4) for head in range(2)}) > 1
     again = oracle.replay(TEXT[:30], TEXT[30:200], make_policy(name, 24, 16))
     assert np.array_equal(one.logprobs, again.logprobs)
+
+
+def test_heads_compete_for_a_layers_budget() -> None:
+    """A floor of a fifth for each head, the rest where the layer's best tokens are."""
+    scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 0, 0, 0, 0], [3.0, 2, 1, 0, 0, 0, 0, 0, 0, 0]])
+    everything = torch.tensor([10, 10])
+    assert head_budgets(scores.double(), 3, everything).tolist() == [5, 1]  # 0.8 x 6 + 0.2 x 3
+    assert head_budgets(scores.flip(0).double(), 3, everything).tolist() == [1, 5]
+    assert head_budgets(scores.double(), 3, torch.tensor([4, 10])).tolist() == [4, 2]
+    even = torch.tensor([[4.0, 3, 2, 1], [4.0, 3, 2, 1]]).double()
+    assert head_budgets(even, 2, torch.tensor([4, 4])).tolist() == [2, 2]
+
+
+def test_adakv_keeps_as_much_in_all(model: Path) -> None:
+    """Heads keep different numbers, a layer as many as under any other policy."""
+    oracle = Oracle(model)
+    policy = make_policy("adakv", 24, 16)
+    done = oracle.replay(TEXT[:30], TEXT[30:200], policy).rounds
+    assert len(done) >= 8
+    for each in done:
+        counts = (each.kept >= 0).sum(axis=2)
+        assert counts.sum(axis=1).tolist() == [2 * 24] * 4
+        assert counts.max() == each.kept.shape[2]
+        assert counts.min() >= 8 + round(0.2 * 16)
+        assert (each.kept[:, :, -8:] == np.arange(each.length - 8, each.length)).all()
+    assert any((each.kept >= 0).sum(axis=2).std() > 1 for each in done)
+    gaps = np.diff([each.length for each in done])
+    assert (gaps == 16).all()
+
+
+def test_a_place_without_a_token_is_not_attended_to(model: Path) -> None:
+    """A head that keeps fewer gives what it gives where the others keep no more than it."""
+    decoder = Oracle(model).decoder
+    outputs = []
+    for index in ([[-1, 3, 7], [1, 3, 7]], [[3, 7], [3, 7]]):
+        history = History(decoder.new_cache())
+        request = Request(decoder, history, 1, Ledger(make_policy("none"), None, None, 0), TEXT)
+        request.prefill(TEXT[:20], 0)
+        request.feed(TEXT[20:30])
+        for kv in history.cache:
+            kv.keep(20, torch.tensor(index))
+        queries = torch.ones(4, 1, 32)
+        kv = history.cache[0]
+        weights = attention(queries, kv.rotated, kv.positions >= 0, 1.0)
+        outputs.append((weights @ kv.values[:, None])[0])
+    assert torch.allclose(*outputs, atol=1e-6)
 
 
 def test_random_keeps_each_equally_often() -> None:

@@ -31,6 +31,7 @@ PUBLISHED: dict[str, Method] = {
     "full": _named("none"),
     "triattention": _named("triattention", recent=RECENT),
     "snapkv": _named("snapkv", window=RECENT),
+    "adakv": _named("adakv", window=RECENT),
     "rkv": _named("rkv", window=RECENT),
     "h2o": _named("h2o"),
     "streaming": _named("streaming", recent=RECENT),

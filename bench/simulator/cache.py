@@ -8,6 +8,7 @@ import torch
 
 WINDOW = 64
 """Queries that are remembered."""
+VACANT = -1
 
 
 @dataclass
@@ -25,7 +26,7 @@ class LayerCache:
     values: torch.Tensor
     """[kv heads, m, head_dim]."""
     positions: torch.Tensor
-    """Logical positions: int64 [kv heads, m], ascending."""
+    """Logical positions: int64 [kv heads, m], ascending; VACANT where a head has no token."""
     received: torch.Tensor
     """Attention that each token was paid so far, summed over queries and heads: [kv heads, m]."""
     queries: torch.Tensor
@@ -67,14 +68,18 @@ class LayerCache:
         self.received = self.received + weights.sum(dim=(1, 2))
 
     def keep(self, start: int, index: torch.Tensor) -> None:
-        """Drop from list place `start` on all but those at start + index: int64 [kv heads, k]."""
+        """Drop from list place `start` on all but those at start + index: int64 [kv heads, k].
+
+        An index of -1 makes a place without a token, for a head that keeps fewer than another.
+        """
         heads = self.positions.shape[0]
         places = torch.cat([torch.arange(start).expand(heads, -1), index + start], dim=1)
+        vacant = torch.cat([torch.zeros(heads, start, dtype=torch.bool), index < 0], dim=1)
         rows = torch.arange(heads)[:, None]
         self.keys = self.keys[rows, places]
         self.rotated = self.rotated[rows, places]
         self.values = self.values[rows, places]
-        self.positions = self.positions[rows, places]
+        self.positions = self.positions[rows, places].masked_fill(vacant, VACANT)
         self.received = self.received[rows, places]
 
     def truncate(self, length: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from .cache import LayerCache
+from .cache import VACANT, LayerCache
 from .rope import Rope
 
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -83,7 +83,7 @@ class Decoder:
         values = self._split(block.v_proj(x), None)
         kv.append(keys, self.rope.rotate(keys, positions), values, positions)
         queries = self.rope.rotate(queries, positions)
-        weights = attention(queries, kv.rotated, self.scaling)
+        weights = attention(queries, kv.rotated, kv.positions != VACANT, self.scaling)
         kv.observe(queries, weights)
         mixed = (weights @ kv.values[:, None]).flatten(0, 1)
         out: torch.Tensor = block.o_proj(mixed.transpose(0, 1).flatten(1))
@@ -95,16 +95,19 @@ class Decoder:
         return (x if norm is None else _norm(norm, x)).transpose(0, 1)
 
 
-def attention(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+def attention(
+    queries: torch.Tensor, keys: torch.Tensor, resident: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """Softmax weights of the last T of m tokens: [kv heads, group, T, m].
 
-    queries [heads, T, head_dim], keys [kv heads, m, head_dim]; of the last T keys query i sees the
-    first i + 1, of the others all.
+    queries [heads, T, head_dim], keys [kv heads, m, head_dim], resident bool [kv heads, m]; of the
+    last T keys query i sees the first i + 1, of the others all that are resident.
     """
-    new, resident = queries.shape[1], keys.shape[1]
+    new, m = queries.shape[1], keys.shape[1]
     grouped = queries.reshape(keys.shape[0], -1, new, queries.shape[2])
     weights = grouped @ keys[:, None].transpose(2, 3) * scaling
-    visible = torch.ones(new, resident, dtype=torch.bool).tril(resident - new)
+    causal = torch.ones(new, m, dtype=torch.bool).tril(m - new)
+    visible = causal & resident[:, None, None]
     return weights.masked_fill(~visible, float("-inf")).softmax(dim=-1)
 
 

@@ -20,6 +20,8 @@ class Observed:
     """Of the last w tokens: [layers, query heads, w, head_dim]."""
     received: torch.Tensor
     """Attention that candidates were paid so far, over the group's heads: [layers, kv heads, n]."""
+    resident: torch.Tensor
+    """Whether there is a token at all: bool [layers, kv heads, m]."""
     start: int
     scaling: float
     """Of the logits: 1 / sqrt(head_dim)."""
@@ -31,10 +33,11 @@ class Observed:
         """
         if self.queries.shape[2] < window:
             raise ValueError(f"{self.queries.shape[2]} queries are known, the window is {window}")
-        kv_heads, resident = self.keys.shape[1:3]
+        kv_heads, m = self.keys.shape[1:3]
         queries = self.queries[:, :, -window:].to(torch.float64)
         grouped = queries.unflatten(1, (kv_heads, -1))
         keys = self.keys.to(torch.float64)[:, :, None]
         logits = grouped @ keys.transpose(3, 4) * self.scaling
-        visible = torch.ones(window, resident, dtype=torch.bool).tril(resident - window)
+        causal = torch.ones(window, m, dtype=torch.bool).tril(m - window)
+        visible = causal & self.resident[:, :, None, None]
         return logits.masked_fill(~visible, float("-inf"))

@@ -24,7 +24,7 @@ class Candidates:
     values: torch.Tensor
     """[layers, kv heads, n, head_dim]."""
     positions: torch.Tensor
-    """Logical positions: int64 [layers, kv heads, n], ascending."""
+    """Logical positions: int64 [layers, kv heads, n], ascending; negative where there is none."""
     length: int
     """Logical length t of the request: the position that the coming step feeds."""
     keep: int
@@ -46,6 +46,8 @@ class Ranking:
     """float64 [layers or 1, kv heads or 1, n]; an axis of 1 means one set for all."""
     protected: torch.Tensor
     """bool [n]."""
+    counts: torch.Tensor | None = None
+    """How many each set keeps: int64 [layers, kv heads]; None: as many as there are to be kept."""
 
 
 def newest(candidates: Candidates, count: int) -> torch.Tensor:

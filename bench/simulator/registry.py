@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .baselines import H2O, RKV, Chance, SnapKV
+from .baselines import H2O, RKV, AdaKV, Chance, SnapKV
 from .policies import NoEviction, Policy, Streaming, TriAttention
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "streaming": Streaming,
     "triattention": TriAttention,
     "snapkv": SnapKV,
+    "adakv": AdaKV,
     "rkv": RKV,
     "h2o": H2O,
     "random": Chance,

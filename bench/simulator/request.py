@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .cache import VACANT
 from .decoder import Decoder
 from .history import History
 from .observed import Observed
@@ -30,7 +31,8 @@ class Round:
     candidates: int
     """Number n of evictable tokens."""
     kept: np.ndarray
-    """Logical positions kept, ascending: int64 [layers or 1, kv heads or 1, budget in pages]."""
+    """Logical positions kept, ascending: int64 [layers or 1, kv heads or 1, budget in pages];
+    where sets differ in size, the smaller begin with -1."""
     margin: float
     """Lowest kept contested score minus best evicted, smallest over the sets; may be inf."""
     followed: int
@@ -72,7 +74,7 @@ class Ledger:
                 raise RoundMismatch(number, 0, 0, torch.inf, "not in the record")
             theirs = torch.as_tensor(np.asarray(self.recorded[number]), dtype=torch.int64)
             index, followed = reconcile(number, selection, positions, theirs, self.tolerance)
-        kept = positions.gather(2, index).numpy()
+        kept = positions.gather(2, index.clamp(min=0)).masked_fill(index < 0, VACANT).numpy()
         self.rounds.append(
             Round(
                 step,
@@ -157,7 +159,7 @@ class Request:
         index = self.ledger.decide(step, candidates)
         shared = index.expand(len(cache), self.decoder.kv_heads, -1)
         self.history.keep(self.start, self.begin, shared)
-        self.due = self.limit
+        self.due = self.limit + index.shape[-1] - self.keep
 
     def observed(self) -> Observed:
         """What policies with live queries see now."""
@@ -166,6 +168,7 @@ class Request:
             keys=torch.stack([kv.rotated for kv in cache]),
             queries=torch.stack([kv.queries for kv in cache]),
             received=torch.stack([kv.received[:, self.start :] for kv in cache]),
+            resident=torch.stack([kv.positions != VACANT for kv in cache]),
             start=self.start,
             scaling=self.decoder.scaling,
         )

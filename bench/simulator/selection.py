@@ -15,13 +15,16 @@ class Selection:
     """The kept sets of one round; shapes as in `Ranking`."""
 
     index: torch.Tensor
-    """Kept candidates: int64 [layers or 1, kv heads or 1, keep], ascending."""
+    """Kept candidates: int64 [layers or 1, kv heads or 1, keep], ascending.
+
+    Where sets differ in size, keep is the largest's, and the others begin with -1.
+    """
     scores: torch.Tensor
     """float64 [layers or 1, kv heads or 1, n]; infinite where protected."""
     edge: torch.Tensor
     """Lowest kept score, float64 [layers or 1, kv heads or 1]; infinite if none was contested."""
     margin: float
-    """Smallest distance over the sets from the edge to the best evicted score."""
+    """Smallest distance over the sets from the edge to the best evicted score; NaN if ragged."""
 
 
 class RoundMismatch(ValueError):
@@ -47,11 +50,22 @@ def select(ranking: Ranking, keep: int) -> Selection:
     if not bool(torch.isfinite(ranking.scores).all()):
         raise ValueError("scores are not finite")
     scores = ranking.scores.masked_fill(ranking.protected, torch.inf)
+    if ranking.counts is not None:
+        return _ragged(scores, ranking.counts)
     best, order = torch.sort(scores, dim=-1, descending=True, stable=True)
     index = order[..., :keep].sort(dim=-1).values
     edge = best[..., keep - 1]
     margin = float((edge - best[..., keep]).min())
     return Selection(index, scores, edge, margin)
+
+
+def _ragged(scores: torch.Tensor, counts: torch.Tensor) -> Selection:
+    """The best `counts` [layers, kv heads] of each set."""
+    best, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    widest = int(counts.max())
+    index = order[..., :widest].masked_fill(torch.arange(widest) >= counts[..., None], -1)
+    edge = best.gather(-1, counts[..., None] - 1).squeeze(-1)
+    return Selection(index.sort(dim=-1).values, scores, edge, float("nan"))
 
 
 def reconcile(
