@@ -13,7 +13,7 @@ from .tokenizer import PAD, output_ids, prompt_ids
 IGNORED = -100
 SEED_BITS = 40
 """Of the instances that are trained on; those for evaluation have larger seeds."""
-FIRST = {"tree": 1, "registers": 3, "variables": 4}
+FIRST = {"tree": 1, "registers": 1, "variables": 2}
 """Depths to begin with: chains of a few dozen tokens."""
 LAST = {"tree": 20, "registers": 64, "variables": 90}
 """The deepest that is trained: chains of about 700 tokens."""

@@ -10,6 +10,7 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .names import NAMES
 
@@ -18,6 +19,9 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "-": lambda a, b: (a - b) % 10,
 }
 REGISTERS = 12
+"""At most; few steps have fewer."""
+Side = Callable[[], tuple[str, int, list[str]]]
+"""Makes an operand: its name, its value and the lines of its evaluation."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Example:
 def tree(rng: random.Random, depth: int) -> Example:
     """Recursive evaluation, depth first, with backtracking.
 
-    `depth` operators are nested: while the deepest is evaluated, the value of each one's other
-    operand, itself a small expression, is pending. Chain: about 35 tokens a level.
+    `depth` operators are nested: while the deepest is evaluated, the values of the others' other
+    operands, each a small expression, are pending. Chain: about 36 tokens a level.
     """
     names = iter(rng.sample(NAMES, len(NAMES)))
     definitions: list[str] = []
@@ -44,26 +48,31 @@ def tree(rng: random.Random, depth: int) -> Example:
         definitions.append(f"{name}{value}")
         return name, value, [f"{name}{value}"]
 
-    def inner(left: int, right: int, nested: int) -> tuple[str, int, list[str]]:
-        """An operator; `nested` levels are below it on one side, `left` or `right` leaves else."""
+    def inner(left: Side, right: Side) -> tuple[str, int, list[str]]:
         name, sign = next(names), rng.choice("+-")
-        deep_left = nested > 0 and rng.random() < 0.2
-        first, a, lines_a = below(left, nested if deep_left else 0)
-        second, b, lines_b = below(right, 0 if deep_left else nested)
+        first, a, lines_a = left()
+        second, b, lines_b = right()
         value = OPERATIONS[sign](a, b)
         definition = f"{name}={first}{sign}{second}"
         definitions.append(definition)
         close = f"{first}{a}{sign}{second}{b}={name}{value}"
         return name, value, [definition, *lines_a, *lines_b, close]
 
-    def below(leaves: int, nested: int) -> tuple[str, int, list[str]]:
-        if nested:
-            return inner(rng.choice((1, 2, 2, 3)), 2, nested - 1)
+    def small(leaves: int) -> tuple[str, int, list[str]]:
         if leaves == 1:
             return leaf()
-        return inner(leaves - 1, 1, 0) if rng.random() < 0.5 else inner(1, leaves - 1, 0)
+        sides: list[Side] = [partial(small, leaves - 1), leaf]
+        rng.shuffle(sides)
+        return inner(*sides)
 
-    root, value, chain = below(0, depth)
+    def nested(levels: int) -> tuple[str, int, list[str]]:
+        if levels == 1:
+            return inner(leaf, leaf)
+        sides: list[Side] = [partial(small, rng.choice((1, 2, 2, 3))), partial(nested, levels - 1)]
+        # Mostly the small one is evaluated first, and its value pending.
+        return inner(*(sides if rng.random() < 0.8 else reversed(sides)))
+
+    root, value, chain = nested(depth)
     rng.shuffle(definitions)
     return Example(_lines(f"Evaluate {root}.", definitions), _chain(chain), f"{root}{value}")
 
@@ -73,8 +82,9 @@ def registers(rng: random.Random, depth: int) -> Example:
 
     Chain: 12 tokens a step.
     """
-    names = rng.sample(NAMES, REGISTERS + depth)
-    held, labels = names[:REGISTERS], names[REGISTERS:]
+    count = min(REGISTERS, depth + 2)
+    names = rng.sample(NAMES, count + depth)
+    held, labels = names[:count], names[count:]
     values = {name: rng.randrange(10) for name in held}
     program = [f"{name}{value}" for name, value in values.items()]
     chain = []

@@ -1,0 +1,98 @@
+"""The reference model's training: batches, curriculum, checkpoints."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.reference_model.batches import FIRST, IGNORED, LAST, Curriculum, make_batch
+from bench.reference_model.model import Shape, write_model
+from bench.reference_model.tasks import TASKS, example
+from bench.reference_model.tokenizer import output_ids, prompt_ids
+from bench.reference_model.train import Recipe, Run, judge, measure
+
+SMALL = Recipe(Shape(layers=2, hidden=64, ffn=64, heads=2, kv_heads=1), steps=1000, tokens=256)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_batches_ask_for_the_output_alone(task: str) -> None:
+    batch = make_batch(task, FIRST[task] + 1, random.Random(4), 600)
+    rng = random.Random(4)
+    for inputs, targets in zip(batch.inputs, batch.targets, strict=True):
+        made = example(task, FIRST[task] + 1, rng.getrandbits(40))
+        prompt, output = prompt_ids(made.question), output_ids(made)
+        assert inputs[: len(prompt + output) - 1].tolist() == (prompt + output)[:-1]
+        assert targets[targets != IGNORED].tolist() == output
+        assert (targets[: len(prompt) - 1] == IGNORED).all()
+        assert targets[len(prompt) - 1] == output[0]
+    assert batch.inputs.numel() <= 600
+
+
+def test_deeper_examples_come_as_they_are_learned() -> None:
+    curriculum = Curriculum()
+    for _ in range(100):
+        curriculum.report("tree", curriculum.depths["tree"], 0.5)
+    assert curriculum.depths == FIRST
+    curriculum.report("registers", FIRST["registers"], 1.0)
+    assert curriculum.depths == FIRST
+    for _ in range(1000):
+        curriculum.report("tree", curriculum.depths["tree"], 1.0)
+    assert curriculum.depths == {**FIRST, "tree": LAST["tree"]}
+    drawn = {curriculum.draw("tree", random.Random(n)) for n in range(500)}
+    assert drawn == set(range(FIRST["tree"], LAST["tree"] + 1))
+
+
+def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
+    whole = Run(SMALL)
+    for _ in range(4):
+        whole.train_step()
+    half = Run(SMALL)
+    for _ in range(2):
+        half.train_step()
+    half.save(tmp_path / "checkpoint.pt")
+    half = Run.load(tmp_path / "checkpoint.pt")
+    assert half.recipe == SMALL
+    for _ in range(2):
+        half.train_step()
+    assert (half.step, half.seen, half.curriculum) == (4, whole.seen, whole.curriculum)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, half.model.state_dict()[name]), name
+
+
+def test_training_lowers_the_loss() -> None:
+    run = Run(SMALL)
+    losses = [run.train_step()["variables"][0] for _ in range(60)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_written_models_are_read_as_they_were(tmp_path: Path, kind: str) -> None:
+    run = Run(Recipe(Shape(kind=kind, layers=2, hidden=64, ffn=64, heads=2, kv_heads=1)))
+    write_model(run.model, run.recipe.shape, tmp_path, torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    batch = make_batch("tree", 2, random.Random(0), 512)
+    with torch.no_grad():
+        assert torch.equal(judge(run.model, batch)[0], judge(read, batch)[0])
+        assert torch.equal(measure(run.model, batch), measure(read, batch))
+    assert read.config.tie_word_embeddings
+    assert read.model.layers[0].self_attn.head_dim == 64
+    names = dict(read.model.layers[0].self_attn.named_parameters())
+    assert ("q_proj.bias" in names) == (kind == "qwen2")
+    assert ("q_norm.weight" in names) == (kind == "qwen3")
+
+
+def test_concentration_of_constant_queries_is_one() -> None:
+    run = Run(SMALL)
+    batch = make_batch("tree", 2, random.Random(0), 512)
+    before = measure(run.model, batch)
+    with torch.no_grad():
+        run.model.model.layers[1].self_attn.q_proj.weight.zero_()
+        run.model.model.layers[1].self_attn.q_proj.bias.fill_(1.0)
+    after = measure(run.model, batch)
+    assert torch.equal(before[0], after[0])
+    assert after[1].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert (before < 0.9).all()
