@@ -54,13 +54,33 @@ class Shape:
 
 
 def build(shape: Shape, seed: int) -> Any:
-    """A transformers model with random weights."""
+    """A transformers model with random weights, of a scale that retrieval is learned from."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     content = shape.config()
     config = AutoConfig.for_model(content.pop("model_type"), **content)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    initialise(model, shape)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: Any, shape: Shape) -> None:
+    """Draw all matrices anew.
+
+    Attention logits deviate by about 2, so that heads select from the start; embeddings outweigh
+    what the first layers add to them, so that tokens can be told apart.
+    """
+    inner = {"o_proj": shape.heads * HEAD_DIM, "down_proj": shape.ffn}
+    for name, parameter in model.named_parameters():
+        module = name.split(".")[-2]
+        if parameter.ndim != 2:
+            continue
+        scale = {"q_proj": 1.5, "k_proj": 1.5, "embed_tokens": 0.15 * shape.hidden**0.5}
+        fan_in = inner.get(module, shape.hidden)
+        deep = (2 * shape.layers) ** -0.5 if module in inner else 1.0
+        parameter.normal_(0.0, scale.get(module, 1.0) * deep * fan_in**-0.5)
 
 
 def write_model(model: Any, shape: Shape, path: Path, dtype: torch.dtype) -> None:

@@ -32,9 +32,9 @@ class Recipe:
     shape: Shape
     seed: int = 0
     steps: int = 6000
-    tokens: int = 2048
+    tokens: int = 1024
     """Of a batch of one task; a step has one of each."""
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     decay: float = 0.1
     """Weight decay, of matrices alone."""
     warmup: int = 100
