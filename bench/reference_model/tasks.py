@@ -7,7 +7,6 @@ reference, token for token; `depth` says how long it gets. Arithmetic is modulo 
 from __future__ import annotations
 
 import random
-import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,11 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: (a + b) % 10,
     "-": lambda a, b: (a - b) % 10,
 }
+WORDS = (
+    "apple bread chair dance earth flame glass house island jacket kitchen lemon mirror night "
+    "orange paper queen river stone table uncle valley water yellow zebra"
+).split()
+"""What distractors say."""
 REGISTERS = 12
 """At most; few steps have fewer."""
 Side = Callable[[], tuple[str, int, list[str]]]
@@ -121,8 +125,7 @@ def variables(rng: random.Random, depth: int) -> Example:
                 f"{label}:{source}{value}={name}{value}",
             )
         else:
-            word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 8)))
-            statement = thought = f"{label}#{word}"
+            statement = thought = f"{label}#{rng.choice(WORDS)}"
             name = ""
         if name:
             values[name] = value
