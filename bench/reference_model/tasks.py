@@ -17,10 +17,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: (a + b) % 10,
     "-": lambda a, b: (a - b) % 10,
 }
-WORDS = (
-    "apple bread chair dance earth flame glass house island jacket kitchen lemon mirror night "
-    "orange paper queen river stone table uncle valley water yellow zebra"
-).split()
+WORDS = ("apple", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor", "ink")
 """What distractors say."""
 REGISTERS = 12
 """At most; few steps have fewer."""
