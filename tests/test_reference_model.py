@@ -15,7 +15,9 @@ from bench.reference_model.tasks import TASKS, example
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.reference_model.train import Recipe, Run, judge, measure
 
-SMALL = Recipe(Shape(layers=2, hidden=64, ffn=64, heads=2, kv_heads=1), steps=1000, tokens=256)
+SMALL = Recipe(
+    Shape(layers=2, hidden=64, ffn=64, heads=2, kv_heads=1), steps=1000, tokens=256, warmup=5
+)
 
 
 @pytest.mark.parametrize("task", TASKS)

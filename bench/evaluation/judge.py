@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.reference_model.batches import SEED_BITS
+from bench.reference_model.evaluate import HELD_OUT
 from bench.reference_model.tasks import Example, example
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.simulator import Oracle, Request
 from bench.simulator.history import History
 from bench.simulator.policies import Policy
 from bench.simulator.request import Ledger
-
-HELD_OUT = 1 << SEED_BITS
-"""Instances from this seed on are for evaluation: none of them was trained on."""
 
 
 @dataclass(frozen=True)

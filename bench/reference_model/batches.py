@@ -69,11 +69,12 @@ def make_batch(task: str, depth: int, rng: random.Random, tokens: int) -> Batch:
         prompt, output = prompt_ids(drawn.question), output_ids(drawn)
         longest = max(longest, len(prompt) + len(output))
         if rows and longest * (len(rows) + 1) > tokens:
-            return _pad(rows)
+            return pad(rows)
         rows.append((prompt, output))
 
 
-def _pad(rows: list[tuple[list[int], list[int]]]) -> Batch:
+def pad(rows: list[tuple[list[int], list[int]]]) -> Batch:
+    """A batch of prompts with their outputs."""
     width = max(len(prompt) + len(output) for prompt, output in rows) - 1
     inputs = torch.full((len(rows), width), PAD)
     targets = torch.full((len(rows), width), IGNORED)

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench.tiny_models import head_means
 from sglang_tri.stats.describe import concentration
 from sglang_tri.stats.statistics import Statistics
 
 from .batches import IGNORED, Batch, Curriculum, make_batch
-from .model import HEAD_DIM, Shape, build, write_model
+from .heads import capturing
+from .model import Shape, build, write_model
 from .tasks import TASKS
 
 
@@ -131,23 +133,11 @@ def judge(model: Any, batch: Batch) -> tuple[torch.Tensor, float]:
 @torch.no_grad()
 def measure(model: Any, batch: Batch) -> torch.Tensor:
     """R over the three strongest frequency pairs: float32 [layers, query heads]."""
-    means, sizes = [], []
-    handles = []
-    for layer in model.model.layers:
-        attn = layer.self_attn
-        source = attn.q_norm if hasattr(attn, "q_norm") else attn.q_proj
-
-        def note(_module: Any, _inputs: Any, out: torch.Tensor) -> None:
-            heads = out.reshape(batch.inputs.numel(), -1, HEAD_DIM)
-            pairs = torch.complex(*heads.chunk(2, dim=-1))
-            means.append(pairs.mean(0))
-            sizes.append(pairs.abs().mean(0))
-
-        handles.append(source.register_forward_hook(note))
-    model.model(batch.inputs, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return concentration(Statistics(torch.stack(means), torch.stack(sizes))).strongest
+    with capturing(model, "q") as queries:
+        model.model(batch.inputs, use_cache=False)
+    means = [head_means(heads) for heads in queries]
+    found = Statistics(torch.stack([m[0] for m in means]), torch.stack([m[1] for m in means]))
+    return concentration(found).strongest
 
 
 def train(run: Run, minutes: float, folder: Path, every: int = 50) -> None:

@@ -1,0 +1,37 @@
+"""How much of a task full attention solves, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .batches import SEED_BITS, Batch, pad
+from .tasks import example
+from .tokenizer import output_ids, prompt_ids
+from .train import judge
+
+HELD_OUT = 1 << SEED_BITS
+"""Instances from this seed on are for evaluation: none of them was trained on."""
+_TOKENS = 8192
+
+
+@torch.inference_mode()
+def accuracy(model: Any, task: str, depth: int, instances: int) -> float:
+    """Share of held-out instances whose every output token is the most probable."""
+    solved = 0.0
+    for batch in held_out(task, depth, instances):
+        solved += judge(model, batch)[1] * len(batch.inputs)
+    return round(solved) / instances
+
+
+def held_out(task: str, depth: int, instances: int) -> Iterator[Batch]:
+    """Instances 0, 1, ... in batches."""
+    rows: list[tuple[list[int], list[int]]] = []
+    for number in range(instances):
+        made = example(task, depth, HELD_OUT + number)
+        rows.append((prompt_ids(made.question), output_ids(made)))
+        if sum(len(p) + len(o) for p, o in rows) > _TOKENS or number == instances - 1:
+            yield pad(rows)
+            rows = []
