@@ -49,7 +49,7 @@ def follow(oracle: Oracle, policy: Policy, prompt: list[int], expected: list[int
     while True:
         greedy = oracle.decoder.logits(hidden).argmax(dim=-1).tolist()
         wanted = expected[done : done + len(greedy)]
-        right = _agreeing(greedy, wanted)
+        right = agreeing(greedy, wanted)
         done += right
         if right < len(greedy) or done == len(expected):
             solved = done == len(expected)
@@ -61,6 +61,7 @@ def follow(oracle: Oracle, policy: Policy, prompt: list[int], expected: list[int
         hidden = request.feed(expected[done - 1 : min(end, len(expected)) - 1])
 
 
-def _agreeing(one: list[int], other: list[int]) -> int:
+def agreeing(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences of one length begin with in common."""
     pairs = zip(one, other, strict=True)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), len(one))

@@ -1,4 +1,4 @@
-"""The same cells on the real server: does it solve what the simulator says it solves?"""
+"""The same cells on the real server: does it get as far as the simulator says?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.reference_model.tokenizer import output_ids, prompt_ids
-from bench.server import Server
+from bench.server import Endpoint, Server
 
 from .cells import Cell
-from .judge import instance
+from .judge import agreeing, instance
 from .methods import RECENT, SERVED
 from .runner import Subject, judge_all
 
@@ -23,7 +23,7 @@ class Agreement:
 
     Attributes:
         solved: by the server, by the simulator.
-        alike: instances of which both say the same.
+        alike: instances in which both give the same number of right tokens before a wrong one.
         rounds, evicted: the server's counters, summed.
     """
 
@@ -38,34 +38,40 @@ class Agreement:
 def compare(subject: Subject, cells: Sequence[Cell], count: int) -> list[Agreement]:
     """Ask one server for `count` instances of every cell; each request brings its own policy."""
     arguments = ["--kv-policy", "triattention", "--kv-stats", str(subject.stats)]
-    arguments += ["--kv-reuse", "prompt"]
+    arguments += ["--kv-reuse", "prompt", "--dtype", "float32"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        with Server(subject.model, arguments, log) as server:
-            return [_cell(server, subject, cell, count) for cell in cells]
+        with Server(subject.model, arguments, log, {"SGLANG_KV_POLICY_PER_REQUEST": "1"}) as server:
+            return [agreement(server, subject, cell, count) for cell in cells]
 
 
-def _cell(server: Server, subject: Subject, cell: Cell, count: int) -> Agreement:
+def agreement(server: Endpoint, subject: Subject, cell: Cell, count: int) -> Agreement:
+    """Instances 0 to `count` - 1 of a cell on both sides."""
     numbers = list(range(count))
-    simulated = [outcome.solved for outcome in judge_all(subject, cell, numbers)]
+    simulated = judge_all(subject, cell, numbers)
     answers = [ask(server, cell, number) for number in numbers]
-    solved = [answer["output_ids"] == wanted(cell, n) for n, answer in enumerate(answers)]
+    correct = [
+        agreeing(answer["output_ids"], outcome_ids(cell, number))
+        for number, answer in enumerate(answers)
+    ]
     counters = [answer["meta_info"].get("kv_policy", {}) for answer in answers]
+    pairs = list(zip(correct, simulated, strict=True))
     return Agreement(
         cell,
         count,
-        (sum(solved), sum(simulated)),
-        sum(one == other for one, other in zip(solved, simulated, strict=True)),
+        (sum(right == o.length for right, o in pairs), sum(o.solved for o in simulated)),
+        sum(right == o.correct for right, o in pairs),
         sum(counter.get("rounds", 0) for counter in counters),
         sum(counter.get("evicted_tokens", 0) for counter in counters),
     )
 
 
-def wanted(cell: Cell, number: int) -> list[int]:
+def outcome_ids(cell: Cell, number: int) -> list[int]:
+    """The right output of an instance."""
     return output_ids(instance(cell.task, cell.depth, number))
 
 
-def ask(server: Server, cell: Cell, number: int) -> dict[str, Any]:
+def ask(server: Endpoint, cell: Cell, number: int) -> dict[str, Any]:
     """The server's greedy answer to an instance, no longer than the right one."""
     name = SERVED[cell.method]
     own: dict[str, Any] = {"policy": name}
@@ -75,7 +81,7 @@ def ask(server: Server, cell: Cell, number: int) -> dict[str, Any]:
         input_ids=prompt_ids(instance(cell.task, cell.depth, number).question),
         sampling_params={
             "temperature": 0.0,
-            "max_new_tokens": len(wanted(cell, number)),
+            "max_new_tokens": len(outcome_ids(cell, number)),
             "ignore_eos": True,
             "custom_params": {"kv_policy": own},
         },

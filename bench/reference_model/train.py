@@ -34,9 +34,9 @@ class Recipe:
     shape: Shape
     seed: int = 0
     steps: int = 6000
-    tokens: int = 1024
+    tokens: int = 512
     """Of a batch of one task; a step has one of each."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     decay: float = 0.1
     """Weight decay, of matrices alone."""
     warmup: int = 100
