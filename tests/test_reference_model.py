@@ -71,9 +71,10 @@ def test_training_lowers_the_loss() -> None:
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_written_models_are_read_as_they_were(tmp_path: Path, kind: str) -> None:
-    run = Run(Recipe(Shape(kind=kind, layers=2, hidden=64, ffn=64, heads=2, kv_heads=1)))
+@pytest.mark.parametrize(("kind", "bias"), [("qwen2", 1), ("qwen3", 0), ("qwen3", 1)])
+def test_written_models_are_read_as_they_were(tmp_path: Path, kind: str, bias: int) -> None:
+    shape = Shape(kind=kind, bias=bias, layers=2, hidden=64, ffn=64, heads=2, kv_heads=1)
+    run = Run(Recipe(shape))
     write_model(run.model, run.recipe.shape, tmp_path, torch.float32)
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     batch = make_batch("tree", 2, random.Random(0), 512)
@@ -83,7 +84,7 @@ def test_written_models_are_read_as_they_were(tmp_path: Path, kind: str) -> None
     assert read.config.tie_word_embeddings
     assert read.model.layers[0].self_attn.head_dim == 64
     names = dict(read.model.layers[0].self_attn.named_parameters())
-    assert ("q_proj.bias" in names) == (kind == "qwen2")
+    assert ("q_proj.bias" in names) == bool(bias)
     assert ("q_norm.weight" in names) == (kind == "qwen3")
 
 
@@ -97,4 +98,4 @@ def test_concentration_of_constant_queries_is_one() -> None:
     after = measure(run.model, batch)
     assert torch.equal(before[0], after[0])
     assert after[1].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert (before < 0.9).all()
+    assert (before < 0.99).all()

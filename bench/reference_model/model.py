@@ -16,9 +16,11 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """Width, depth and heads; `kind` is qwen2 or qwen3."""
+    """Width, depth and heads; `kind` is qwen2 (QKV bias), or qwen3 (qk-norm)."""
 
-    kind: str = "qwen2"
+    kind: str = "qwen3"
+    bias: int = 1
+    """Whether qwen3's projections have biases, too."""
     layers: int = 4
     hidden: int = 192
     ffn: int = 256
@@ -43,7 +45,7 @@ class Shape:
             "rope_theta": 10000.0,
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
-            "attention_bias": False,
+            "attention_bias": self.kind == "qwen3" and bool(self.bias),
             "tie_word_embeddings": True,
             "use_sliding_window": False,
             "eos_token_id": END,
@@ -70,11 +72,14 @@ def initialise(model: Any, shape: Shape) -> None:
     """Draw all matrices anew.
 
     Attention logits deviate by about 2, so that heads select from the start; embeddings outweigh
-    what the first layers add to them, so that tokens can be told apart.
+    what the first layers add to them, so that tokens can be told apart; biases give means to
+    queries and keys.
     """
     inner = {"o_proj": shape.heads * HEAD_DIM, "down_proj": shape.ffn}
     for name, parameter in model.named_parameters():
         module = name.split(".")[-2]
+        if module in ("q_proj", "k_proj") and name.endswith("bias"):
+            parameter.normal_()
         if parameter.ndim != 2:
             continue
         scale = {"q_proj": 1.5, "k_proj": 1.5, "embed_tokens": 0.15 * shape.hidden**0.5}

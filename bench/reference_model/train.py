@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     shape = Shape()
-    for name in ("kind", "layers", "hidden", "ffn", "heads", "kv_heads"):
+    for name in ("kind", "bias", "layers", "hidden", "ffn", "heads", "kv_heads"):
         default = getattr(shape, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     for name in ("seed", "steps", "tokens", "lr", "decay"):
