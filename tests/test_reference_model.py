@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from bench.reference_model.batches import FIRST, IGNORED, LAST, Curriculum, make_batch
 from bench.reference_model.model import Shape, write_model
+from bench.reference_model.publish import publish
 from bench.reference_model.tasks import TASKS, example
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.reference_model.train import Recipe, Run, judge, measure
+from sglang_tri import stats
 
 SMALL = Recipe(
     Shape(layers=2, hidden=64, ffn=64, heads=2, kv_heads=1), steps=1000, tokens=256, warmup=5
@@ -63,6 +65,22 @@ def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
     assert (half.step, half.seen, half.curriculum) == (4, whole.seen, whole.curriculum)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, half.model.state_dict()[name]), name
+
+
+def test_a_published_model_can_be_trained_on(tmp_path: Path) -> None:
+    run = Run(SMALL)
+    run.train_step()
+    run.curriculum.depths["tree"] = 3
+    card = publish(run, tmp_path, instances=2)
+    assert "3 (tree)" in card
+    assert card == (tmp_path / "README.md").read_text()
+    again = Run.from_published(tmp_path)
+    assert again.progress() == run.progress()
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor.bfloat16().float()), name
+    found = stats.load(tmp_path / "stats.safetensors")
+    assert found.shape == (2, 2, 64)
+    assert found.q_square is not None
 
 
 def test_training_lowers_the_loss() -> None:

@@ -7,6 +7,7 @@ model card with what was measured of exactly these weights.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .heads import statistics
 from .model import HEAD_DIM, write_model
 from .tasks import TASKS, example
 from .tokenizer import output_ids, prompt_ids
-from .train import Run
+from .train import TRAINING, Run
 
 CALIBRATION = 20
 """Examples of each task that statistics are made of."""
@@ -48,6 +49,7 @@ def publish(run: Run, folder: Path, instances: int) -> str:
     rope = model_rope.of_model(str(folder), interleaved=False)
     found = statistics(model, calibration(run.curriculum.depths), rope, "reference model")
     files.save_as(found, folder / "stats.safetensors")
+    (folder / TRAINING).write_text(json.dumps(run.progress(), indent=1) + "\n", encoding="utf-8")
     parts = [HEADER, trained(run), measured(model, run.curriculum.depths, instances)]
     parts.append(concentrated(describe.concentration(found).strongest))
     card = "\n\n".join(parts) + "\n"

@@ -1,7 +1,7 @@
 """Train the reference model: `python -m bench.reference_model.train --out DIR --minutes 60`.
 
-Goes on from the checkpoint in DIR if there is one, with what it was begun with; ends after
---minutes or at --steps, and writes the model beside the checkpoint.
+Goes on from the checkpoint in DIR if there is one, else from the model of --start, with what they
+were begun with; ends after --minutes or at --steps, and writes the model beside the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from bench.tiny_models import head_means
 from sglang_tri.stats.describe import concentration
@@ -25,6 +26,9 @@ from .batches import IGNORED, Batch, Curriculum, make_batch
 from .heads import capturing
 from .model import Shape, build, write_model
 from .tasks import TASKS
+
+TRAINING = "training.json"
+"""In a published model's folder: how far its training went."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,19 @@ class Run:
         self.step += 1
         return results
 
-    def save(self, path: Path) -> None:
-        content = {
-            "recipe": {**asdict(self.recipe), "shape": asdict(self.recipe.shape)},
+    def progress(self) -> dict[str, Any]:
+        """All but tensors."""
+        return {
+            "recipe": asdict(self.recipe),
             "step": self.step,
             "seen": self.seen,
             "seconds": self.seconds,
             "curriculum": asdict(self.curriculum),
+        }
+
+    def save(self, path: Path) -> None:
+        content = {
+            **self.progress(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -96,13 +106,28 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Run:
+        """From a checkpoint: the run goes on as if it had not ended."""
         content = torch.load(path, weights_only=True)
+        run = cls._at(content)
+        run.model.load_state_dict(content["model"])
+        run.optimizer.load_state_dict(content["optimizer"])
+        return run
+
+    @classmethod
+    def from_published(cls, folder: Path) -> Run:
+        """From a published model: its optimizer begins anew, in float32 from rounded weights."""
+        run = cls._at(json.loads((folder / TRAINING).read_text(encoding="utf-8")))
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        run.model.load_state_dict(tensors)
+        return run
+
+    @classmethod
+    def _at(cls, content: dict[str, Any]) -> Run:
         options = dict(content["recipe"])
         run = cls(Recipe(Shape(**options.pop("shape")), **options))
         run.step, run.seen, run.seconds = content["step"], content["seen"], content["seconds"]
         run.curriculum = Curriculum(**content["curriculum"])
-        run.model.load_state_dict(content["model"])
-        run.optimizer.load_state_dict(content["optimizer"])
         return run
 
 
@@ -150,7 +175,7 @@ def train(run: Run, minutes: float, folder: Path, every: int = 50) -> None:
             results.append(run.train_step())
             run.seconds = before + time.monotonic() - began
             if run.step % every == 0:
-                line = json.dumps(progress(run, results))
+                line = json.dumps(report(run, results))
                 log.write(f"{line}\n")
                 log.flush()
                 print(line, flush=True)
@@ -159,7 +184,7 @@ def train(run: Run, minutes: float, folder: Path, every: int = 50) -> None:
                 run.save(folder / "checkpoint.pt")
 
 
-def progress(run: Run, results: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
+def report(run: Run, results: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
     depth = run.curriculum.depths["tree"]
     found = measure(run.model, make_batch("tree", depth, random.Random(0), 2048))
     means = {
@@ -179,6 +204,7 @@ def progress(run: Run, results: list[dict[str, tuple[float, float]]]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="folder of a published model to go on from")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     shape = Shape()
@@ -191,11 +217,13 @@ def main() -> None:
     args = vars(parser.parse_args())
     torch.set_num_threads(args.pop("threads"))
     torch.set_flush_denormal(True)
-    folder, minutes = args.pop("out"), args.pop("minutes")
+    folder, start, minutes = args.pop("out"), args.pop("start"), args.pop("minutes")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         run = Run.load(checkpoint)
+    elif start is not None:
+        run = Run.from_published(start)
     else:
         sizes = {name: args.pop(name) for name in asdict(shape)}
         run = Run(Recipe(Shape(**sizes), **args))
