@@ -38,8 +38,8 @@ def evaluate_tree(question: str) -> tuple[str, int]:
     """The root and its value, from the definitions alone."""
     header, *lines = question.split("\n")
     root = header.removeprefix("Evaluate ").removesuffix(".")
-    leaves = {line[0]: int(line[1]) for line in lines if "=" not in line}
-    inner = {line[0]: line[2:] for line in lines if "=" in line}
+    leaves = {line[0]: int(line[1]) for line in lines if len(line) == 2}
+    inner = {line[0]: line[1:] for line in lines if len(line) == 4}
 
     def value(name: str) -> int:
         if name in leaves:
