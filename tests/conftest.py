@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import tests.interpreted  # noqa: F401 - before anything that imports a kernel
+from bench.reference_model import FOLDER
 from bench.server import Server
 from bench.tiny_models import make_model, make_stats
 from sglang_tri import stats
@@ -68,8 +70,12 @@ class Servers:
 
     def model(self, kind: str) -> Path:
         if kind not in self._models:
-            path = make_model(kind, self._folder / kind)
-            make_stats(path, path / "stats.pt")
+            path = self._folder / kind
+            if kind == "reference":
+                shutil.copytree(FOLDER, path)
+                stats.save_as(stats.load(path / "stats.safetensors"), path / "stats.pt")
+            else:
+                make_stats(make_model(kind, path), path / "stats.pt")
             self._models[kind] = path
         return self._models[kind]
 

@@ -44,7 +44,7 @@ class Setup:
     """One server.
 
     Attributes:
-        kind: which tiny model it serves.
+        kind: which tiny model it serves, or `reference`.
         arguments: beside the model and, where it has one, the policy.
         policy: whether the policy is on.
         automatic: whether the server makes its query statistics itself, not from a file.
@@ -73,6 +73,7 @@ SETUPS = {
     "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX), automatic=True),
     "llama3": Setup(kind="llama3", arguments=(*COMMON, *SMALL), automatic=True),
     "yarn": Setup(kind="yarn", arguments=(*COMMON, *OWN_TEXT), automatic=True),
+    "reference": Setup(kind="reference", arguments=(*COMMON, "--dtype", "float32")),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4), environment=_RETRACT),
 }

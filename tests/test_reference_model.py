@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.reference_model.batches import FIRST, IGNORED, LAST, Curriculum, make_batch
+from bench.reference_model.batches import FIRST, IGNORED, LAST, ROWS, Curriculum, make_batch
 from bench.reference_model.model import Shape, write_model
 from bench.reference_model.publish import publish
 from bench.reference_model.tasks import TASKS, example
@@ -34,6 +34,7 @@ def test_batches_ask_for_the_output_alone(task: str) -> None:
         assert (targets[: len(prompt) - 1] == IGNORED).all()
         assert targets[len(prompt) - 1] == output[0]
     assert batch.inputs.numel() <= 600
+    assert len(make_batch(task, LAST[task], random.Random(4), 600).inputs) == ROWS
 
 
 def test_deeper_examples_come_as_they_are_learned() -> None:

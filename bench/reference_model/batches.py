@@ -11,6 +11,7 @@ from .tasks import TASKS, example
 from .tokenizer import PAD, output_ids, prompt_ids
 
 IGNORED = -100
+ROWS = 4
 SEED_BITS = 40
 """Of the instances that are trained on; those for evaluation have larger seeds."""
 FIRST = {"tree": 1, "registers": 1, "variables": 2}
@@ -61,14 +62,14 @@ class Batch:
 
 
 def make_batch(task: str, depth: int, rng: random.Random, tokens: int) -> Batch:
-    """As many examples of a task as `tokens` hold, at least one."""
+    """As many examples of a task as `tokens` hold, at least ROWS."""
     rows: list[tuple[list[int], list[int]]] = []
     longest = 0
     while True:
         drawn = example(task, depth, rng.getrandbits(SEED_BITS))
         prompt, output = prompt_ids(drawn.question), output_ids(drawn)
         longest = max(longest, len(prompt) + len(output))
-        if rows and longest * (len(rows) + 1) > tokens:
+        if len(rows) >= ROWS and longest * (len(rows) + 1) > tokens:
             return pad(rows)
         rows.append((prompt, output))
 

@@ -72,14 +72,11 @@ def initialise(model: Any, shape: Shape) -> None:
     """Draw all matrices anew.
 
     Attention logits deviate by about 2, so that heads select from the start; embeddings outweigh
-    what the first layers add to them, so that tokens can be told apart; biases give means to
-    queries and keys.
+    what the first layers add to them, so that tokens can be told apart.
     """
     inner = {"o_proj": shape.heads * HEAD_DIM, "down_proj": shape.ffn}
     for name, parameter in model.named_parameters():
         module = name.split(".")[-2]
-        if module in ("q_proj", "k_proj") and name.endswith("bias"):
-            parameter.normal_()
         if parameter.ndim != 2:
             continue
         scale = {"q_proj": 1.5, "k_proj": 1.5, "embed_tokens": 0.15 * shape.hidden**0.5}

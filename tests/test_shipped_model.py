@@ -1,0 +1,55 @@
+"""The model that ships: what its card says, and that the server gets as far as the simulator."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.evaluation.cells import Cell
+from bench.evaluation.methods import SERVED
+from bench.evaluation.runner import Subject
+from bench.evaluation.served import agreement
+from bench.reference_model import FOLDER
+from bench.reference_model.evaluate import accuracy
+from bench.reference_model.tasks import TASKS
+from sglang_tri import stats
+from sglang_tri.stats import describe
+from tests.conftest import Running
+
+CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_card_states_the_accuracy(task: str) -> None:
+    """The first row of each task, over again."""
+    depth, instances, solved = re.findall(rf"^{task} +(\d+) +(\d+) +([\d.]+)%$", CARD, re.M)[0]
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    found = accuracy(model, task, int(depth), int(instances))
+    # Another machine may break a near tie otherwise.
+    assert 100 * found == pytest.approx(float(solved), abs=100 / int(instances))
+
+
+def test_the_card_states_the_concentration() -> None:
+    found = describe.concentration(stats.load(FOLDER / "stats.safetensors")).strongest
+    rows = re.findall(r"^(\d) +((?:[\d.]+ +)+)([\d.]+)$", CARD, re.M)
+    assert len(rows) == len(found)
+    for layer, heads, mean in rows:
+        own = found[int(layer)]
+        assert [float(head) for head in heads.split()] == pytest.approx(own.tolist(), abs=0.006)
+        assert float(mean) == pytest.approx(own.mean().item(), abs=0.006)
+
+
+@pytest.mark.parametrize("server", ["reference"], indirect=True)
+@pytest.mark.parametrize("method", SERVED)
+def test_the_server_gets_as_far_as_the_simulator(server: Running, method: str) -> None:
+    """Instance by instance, to the first wrong token; and tokens were evicted on the way."""
+    budget, interval = (0, 0) if method == "full" else (32, 16)
+    subject = Subject(server.model, server.model / "stats.safetensors")
+    cell = Cell(method, "registers", 12, 0.25, budget, interval)
+    found = agreement(server.server, subject, cell, 6)
+    assert found.alike == 6
+    assert found.solved[0] == found.solved[1]
+    assert (found.rounds > 6) == (found.evicted > 100) == (method != "full")
