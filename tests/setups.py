@@ -73,7 +73,7 @@ SETUPS = {
     "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX), automatic=True),
     "llama3": Setup(kind="llama3", arguments=(*COMMON, *SMALL), automatic=True),
     "yarn": Setup(kind="yarn", arguments=(*COMMON, *OWN_TEXT), automatic=True),
-    "reference": Setup(kind="reference", arguments=(*COMMON, "--dtype", "float32")),
+    "shipped": Setup(kind="reference", arguments=(*COMMON, "--dtype", "float32")),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4), environment=_RETRACT),
 }

@@ -42,7 +42,7 @@ def test_the_card_states_the_concentration() -> None:
         assert float(mean) == pytest.approx(own.mean().item(), abs=0.006)
 
 
-@pytest.mark.parametrize("server", ["reference"], indirect=True)
+@pytest.mark.parametrize("server", ["shipped"], indirect=True)
 @pytest.mark.parametrize("method", SERVED)
 def test_the_server_gets_as_far_as_the_simulator(server: Running, method: str) -> None:
     """Instance by instance, to the first wrong token; and tokens were evicted on the way."""

@@ -38,7 +38,7 @@ class Agreement:
 def compare(subject: Subject, cells: Sequence[Cell], count: int) -> list[Agreement]:
     """Ask one server for `count` instances of every cell; each request brings its own policy."""
     arguments = ["--kv-policy", "triattention", "--kv-stats", str(subject.stats)]
-    arguments += ["--kv-reuse", "prompt", "--dtype", "float32"]
+    arguments += ["--dtype", "float32"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         with Server(subject.model, arguments, log, {"SGLANG_KV_POLICY_PER_REQUEST": "1"}) as server:
@@ -77,6 +77,7 @@ def ask(server: Endpoint, cell: Cell, number: int) -> dict[str, Any]:
     own: dict[str, Any] = {"policy": name}
     if name != "none":
         own |= {"budget": cell.budget, "interval": cell.interval, "recent": RECENT}
+        own["reuse"] = "prompt"
     answer: dict[str, Any] = server.generate(
         input_ids=prompt_ids(instance(cell.task, cell.depth, number).question),
         sampling_params={

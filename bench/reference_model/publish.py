@@ -65,9 +65,10 @@ A small reasoning model for `python -m bench.accuracy`: weights in bfloat16, a t
 a chat template with `<think>`, and query statistics. Apache-2.0, as the rest of the project. It
 knows the tasks of `bench/reference_model/tasks.py` and nothing else."""
 
-UNFINISHED = """**Not an instrument yet.** Training has not come to the deepest tasks, or full attention solves fewer
-than 95% of some: nothing about a policy can be concluded from it. Tasks and rates were changed while
-it was trained; the model that replaces it comes from one recipe."""
+UNFINISHED = """\
+**Not an instrument yet.** Training has not come to the deepest tasks, or full attention solves
+fewer than 95% of some: nothing about a policy can be concluded from it. Tasks and rates were
+changed while it was trained; the model that replaces it comes from one recipe."""
 ENOUGH = 0.95
 
 
