@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bench import pictures
 from bench.evaluation import report
 from bench.evaluation.cells import Results
 from bench.evaluation.methods import ABLATIONS, IMPROVEMENTS, METHODS, PUBLISHED, SERVED
@@ -70,7 +71,7 @@ def write_report(results: Results, plan: Plan, tasks: list[str], folder: Path) -
             own = [cell for cell in cells if cell.task == task]
             fixed = f"depth {own[0].depth}" if across == "share" else f"budget {100 * AT:.0f}%"
             parts += [f"{task}, {fixed}\n{report.accuracy_table(results, own, across)}"]
-    if report.plots_available():
+    if pictures.available():
         report.plot(results, plan.budgets, "share", "Accuracy by budget", folder / "budget.png")
         report.plot(results, plan.depths, "depth", "Accuracy by depth", folder / "depth.png")
     return "\n\n".join(parts)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from bench import pictures
 from bench.kernelbench import plot
 from bench.kernelbench.cells import KeptSetsDiffer, Operations, Result, check
 from bench.kernelbench.geometry import INTERVAL, MODELS, RECENT, Cell
@@ -152,7 +153,7 @@ def _cell(cell: Cell, repeats: int, device: torch.device) -> tuple[list[Result],
 
 
 def _draw(run: Run, folder: Path) -> None:
-    if not plot.available():
+    if not pictures.available():
         print("matplotlib cannot be imported: no roofline.png.")
         return
     title = run.machine if run.meaningful else f"{run.machine}. {MEANINGLESS}"

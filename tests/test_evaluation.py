@@ -9,12 +9,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from bench.evaluation.cells import Cell, Results, Tally
-from bench.evaluation.judge import Outcome, follow, instance
+from bench.evaluation.judge import Outcome, follow
 from bench.evaluation.methods import METHODS, RECENT
 from bench.evaluation.plan import make_plan
 from bench.evaluation.report import accuracy_table
 from bench.reference_model.batches import SEED_BITS
-from bench.reference_model.evaluate import HELD_OUT
+from bench.reference_model.evaluate import HELD_OUT, instance
 from bench.reference_model.tasks import TASKS, example
 from bench.reference_model.tokenizer import VOCABULARY, output_ids, prompt_ids, write_tokenizer
 from bench.simulator import Oracle, Stats

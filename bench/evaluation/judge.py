@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.reference_model.evaluate import HELD_OUT
-from bench.reference_model.tasks import Example, example
+from bench.reference_model.tasks import Example
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.simulator import Oracle, Request
 from bench.simulator.history import History
@@ -23,11 +22,6 @@ class Outcome:
     length: int
     """Tokens of the right output."""
     rounds: int
-
-
-def instance(task: str, depth: int, number: int) -> Example:
-    """Held-out instance `number`."""
-    return example(task, depth, HELD_OUT + number)
 
 
 def judge(oracle: Oracle, policy: Policy, question: Example) -> Outcome:

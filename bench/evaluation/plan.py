@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bench.reference_model.evaluate import instance
 from bench.reference_model.tokenizer import output_ids
 
 from .cells import Cell
-from .judge import instance
 
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Budgets as shares of the mean output of a cell's instances."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -41,15 +40,6 @@ def agreement_table(agreements: Iterable[Agreement]) -> str:
         numbers = (one.instances, *one.solved, one.alike, one.rounds, one.evicted)
         rows.append([name, *(str(number) for number in numbers)])
     return table(rows)
-
-
-def plots_available() -> bool:
-    """Whether matplotlib can be imported."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        return False
-    return True
 
 
 def plot(results: Results, cells: Sequence[Cell], across: str, title: str, path: Path) -> None:

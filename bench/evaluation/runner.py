@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
+from bench.reference_model.evaluate import instance
 from bench.simulator import Oracle
 from bench.simulator.stats import Stats
 from sglang_tri.stats import files
 
 from .cells import Cell, Results
-from .judge import Outcome, instance, judge
+from .judge import Outcome, judge
 from .methods import METHODS
 
 TOGETHER = 8

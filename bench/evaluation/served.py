@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.reference_model.evaluate import instance
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.server import Endpoint, Server
 
 from .cells import Cell
-from .judge import agreeing, instance
+from .judge import agreeing
 from .methods import RECENT, SERVED
 from .runner import Subject, judge_all
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKERS = {"score": "o", "select, holes": "s", "round": "D", "torch round": "x"}
-
-
-def available() -> bool:
-    """Whether matplotlib can be imported."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        return False
-    return True
 
 
 def write(results: Sequence[Result], limits: Limits, title: str, path: Path) -> None:

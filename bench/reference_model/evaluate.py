@@ -8,13 +8,18 @@ from typing import Any
 import torch
 
 from .batches import SEED_BITS, Batch, pad
-from .tasks import example
+from .tasks import Example, example
 from .tokenizer import output_ids, prompt_ids
 from .train import judge
 
 HELD_OUT = 1 << SEED_BITS
 """Instances from this seed on are for evaluation: none of them was trained on."""
 _TOKENS = 8192
+
+
+def instance(task: str, depth: int, number: int) -> Example:
+    """Held-out instance `number`."""
+    return example(task, depth, HELD_OUT + number)
 
 
 @torch.inference_mode()
@@ -30,7 +35,7 @@ def held_out(task: str, depth: int, instances: int) -> Iterator[Batch]:
     """Instances 0, 1, ... in batches."""
     rows: list[tuple[list[int], list[int]]] = []
     for number in range(instances):
-        made = example(task, depth, HELD_OUT + number)
+        made = instance(task, depth, number)
         rows.append((prompt_ids(made.question), output_ids(made)))
         if sum(len(p) + len(o) for p, o in rows) > _TOKENS or number == instances - 1:
             yield pad(rows)

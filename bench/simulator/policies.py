@@ -58,8 +58,11 @@ def newest(candidates: Candidates, count: int) -> torch.Tensor:
 class Policy(ABC):
     """Budget and interval are in tokens, before rounding up to whole pages.
 
+    `live`: whether it ranks by the request's own queries, see `Candidates.observed`.
     `recent`: so many tokens at least are there beyond the budget when a round is held.
     """
+
+    live = False
 
     def __init__(self, budget: int, interval: int, recent: int) -> None:
         if budget < 1 or interval < 1:

@@ -154,7 +154,7 @@ class Request:
             keep=self.keep,
             rope=self.decoder.rope,
             stats=self.ledger.stats,
-            observed=self.observed(),
+            observed=self.observed() if self.ledger.policy.live else None,
         )
         index = self.ledger.decide(step, candidates)
         shared = index.expand(len(cache), self.decoder.kv_heads, -1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .policies import Candidates, Ranking, TriAttention, newest
+from .policies import Candidates, Ranking, TriAttention
 from .scoring import OFFSETS
 
 
@@ -50,7 +50,7 @@ class Variant(TriAttention):
     def rank(self, candidates: Candidates) -> Ranking:
         ranking = super().rank(candidates)
         first = torch.arange(len(candidates)) < self.terms.first
-        return Ranking(ranking.scores, first | newest(candidates, self.recent))
+        return Ranking(ranking.scores, first | ranking.protected)
 
     def scores(self, candidates: Candidates) -> torch.Tensor:
         layers = range(len(candidates.keys))

@@ -16,6 +16,8 @@ class LiveQueries(Policy):
     Raises ValueError where `recent` exceeds the budget.
     """
 
+    live = True
+
     def __init__(self, budget: int, interval: int, recent: int) -> None:
         super().__init__(budget, interval, recent)
         if not 0 <= recent <= budget:
