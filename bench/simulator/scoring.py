@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 OFFSETS = tuple(2**i for i in range(17))
@@ -27,12 +29,27 @@ def key_scores(
     """
     squared = scale * scale
     total = torch.zeros(1, dtype=torch.float64)
-    for offset in OFFSETS:
-        angle = (distance + offset).to(torch.float64)[..., None] * omega
-        turned = keys.conj() * torch.polar(torch.ones_like(angle), angle) * squared
-        total = total + torch.einsum("hgf,hnf->hgn", mean, turned).real
+    for logits in expected_logits(keys, distance, mean, omega, scale):
+        total = total + logits
     spread = (abs_mean - mean.abs()) * squared
     return total / len(OFFSETS) + torch.einsum("hgf,hnf->hgn", spread, keys.abs())
+
+
+def expected_logits(
+    keys: torch.Tensor,
+    distance: torch.Tensor,
+    mean: torch.Tensor,
+    omega: torch.Tensor,
+    scale: torch.Tensor,
+) -> Iterator[torch.Tensor]:
+    """The mean query's logits times sqrt(head_dim), for each offset o: float64 [heads, group, n].
+
+    Arguments as for `key_scores`.
+    """
+    for offset in OFFSETS:
+        angle = (distance + offset).to(torch.float64)[..., None] * omega
+        turned = keys.conj() * torch.polar(torch.ones_like(angle), angle) * (scale * scale)
+        yield torch.einsum("hgf,hnf->hgn", mean, turned).real
 
 
 def znorm(rows: torch.Tensor) -> torch.Tensor:

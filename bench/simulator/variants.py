@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .policies import Candidates, Ranking, TriAttention
-from .scoring import OFFSETS
+from .scoring import expected_logits
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ class Variant(TriAttention):
         scores = torch.zeros(*mean.shape[:2], keys.shape[1], dtype=torch.float64)
         if terms.trigonometric:
             distance = candidates.length - candidates.positions[layer]
-            scores = scores + self._expected(keys * squared, distance, mean, rope.omega)
+            logits = torch.stack(
+                list(expected_logits(keys, distance, mean, rope.omega, rope.scale))
+            )
+            scores = scores + (logits.mean(0) if terms.offsets == "mean" else logits.amax(0))
         if terms.spread in ("norm", "both"):
             scores = scores + torch.einsum(
                 "hgf,hnf->hgn", (size - mean.abs()) * squared, keys.abs()
@@ -83,19 +86,3 @@ class Variant(TriAttention):
             size = torch.linalg.vector_norm(candidates.values[layer].double(), dim=-1)
             scores = scores + candidates.keys.shape[-1] ** 0.5 * size.log()[:, None]
         return scores
-
-    def _expected(
-        self,
-        keys: torch.Tensor,
-        distance: torch.Tensor,
-        mean: torch.Tensor,
-        omega: torch.Tensor,
-    ) -> torch.Tensor:
-        """The expected logit times sqrt(head_dim), joined over the distances ahead."""
-        logits = []
-        for offset in OFFSETS:
-            angle = (distance + offset).to(torch.float64)[..., None] * omega
-            turned = keys.conj() * torch.polar(torch.ones_like(angle), angle)
-            logits.append(torch.einsum("hgf,hnf->hgn", mean, turned).real)
-        joined = torch.stack(logits)
-        return joined.mean(0) if self.terms.offsets == "mean" else joined.amax(0)
