@@ -50,18 +50,19 @@ def select(ranking: Ranking, keep: int) -> Selection:
     if not bool(torch.isfinite(ranking.scores).all()):
         raise ValueError("scores are not finite")
     scores = ranking.scores.masked_fill(ranking.protected, torch.inf)
-    if ranking.counts is not None:
-        return _ragged(scores, ranking.counts)
     best, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    if ranking.counts is not None:
+        return _ragged(scores, best, order, ranking.counts)
     index = order[..., :keep].sort(dim=-1).values
     edge = best[..., keep - 1]
     margin = float((edge - best[..., keep]).min())
     return Selection(index, scores, edge, margin)
 
 
-def _ragged(scores: torch.Tensor, counts: torch.Tensor) -> Selection:
-    """The best `counts` [layers, kv heads] of each set."""
-    best, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+def _ragged(
+    scores: torch.Tensor, best: torch.Tensor, order: torch.Tensor, counts: torch.Tensor
+) -> Selection:
+    """The first `counts` [layers, kv heads] of each set in `order`, whose scores are `best`."""
     widest = int(counts.max())
     index = order[..., :widest].masked_fill(torch.arange(widest) >= counts[..., None], -1)
     edge = best.gather(-1, counts[..., None] - 1).squeeze(-1)
