@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM
 
-from bench.reference_model.batches import FIRST, IGNORED, LAST, ROWS, Curriculum, make_batch
+from bench.reference_model import parallel
+from bench.reference_model.batches import (
+    FIRST,
+    IGNORED,
+    LAST,
+    LEARNED,
+    LINE_END,
+    SPAN,
+    Curriculum,
+    make_batch,
+)
 from bench.reference_model.model import Shape, write_model
 from bench.reference_model.publish import publish
 from bench.reference_model.tasks import TASKS, example
 from bench.reference_model.tokenizer import output_ids, prompt_ids
-from bench.reference_model.train import Recipe, Run, judge, measure
+from bench.reference_model.train import Recipe, Run, begin, judge, measure
 from sglang_tri import stats
 
 SMALL = Recipe(
-    Shape(layers=2, hidden=64, ffn=64, heads=2, kv_heads=1), steps=1000, tokens=256, warmup=5
+    Shape(layers=2, hidden=64, ffn=64, heads=2, kv_heads=1),
+    steps=1000,
+    tokens=256,
+    rows=1,
+    warmup=5,
 )
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -34,13 +55,29 @@ def test_batches_ask_for_the_output_alone(task: str) -> None:
         assert (targets[: len(prompt) - 1] == IGNORED).all()
         assert targets[len(prompt) - 1] == output[0]
     assert batch.inputs.numel() <= 600
-    assert len(make_batch(task, LAST[task], random.Random(4), 600).inputs) == ROWS
+    assert torch.equal(batch.positions[0], torch.arange(batch.inputs.shape[1]))
+    assert len(make_batch(task, LAST[task], random.Random(4), 600, at_least=4).inputs) == 4
+
+
+def test_gaps_come_between_lines_and_reach_as_far_as_the_deepest() -> None:
+    farthest = 0
+    for seed in range(50):
+        batch = make_batch("tree", 3, random.Random(seed), 600)
+        apart = batch.spread(random.Random(seed))
+        assert torch.equal(apart.inputs, batch.inputs)
+        steps = apart.positions.diff(dim=1)
+        assert (steps >= 1).all()
+        assert (batch.inputs[:, :-1][steps > 1] == LINE_END).all()
+        assert (apart.positions[:, 0] == 0).all()
+        assert (steps > 1).any()
+        farthest = max(farthest, int(apart.positions.max()))
+    assert SPAN - 50 < farthest < SPAN
 
 
 def test_deeper_examples_come_as_they_are_learned() -> None:
     curriculum = Curriculum()
     for _ in range(100):
-        curriculum.report("tree", curriculum.depths["tree"], 0.5)
+        curriculum.report("tree", curriculum.depths["tree"], LEARNED - 0.01)
     assert curriculum.depths == FIRST
     curriculum.report("registers", FIRST["registers"], 1.0)
     assert curriculum.depths == FIRST
@@ -84,9 +121,53 @@ def test_a_published_model_can_be_trained_on(tmp_path: Path) -> None:
     assert found.q_square is not None
 
 
+def _averaged(rank: int, folder: Path) -> None:
+    init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad = torch.tensor([[1.0 + rank, 4.0 * rank]])
+    parallel.average_gradients(model)
+    torch.save(model.weight.grad, folder / f"{rank}.pt")
+    destroy_process_group()
+
+
+def test_processes_average_their_gradients(tmp_path: Path) -> None:
+    spawn(_averaged, (tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pt").tolist() == [[1.5, 2.0]]
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    """As `torchrun` starts them: one curriculum, one checkpoint, twice the tokens; then go on."""
+    sizes = "--layers 2 --hidden 64 --ffn 64 --heads 2 --kv-heads 1 --tokens 256 --spread 0.0"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
+    command += ["-m", "bench.reference_model.train", "--out", str(tmp_path)]
+    subprocess.run([*command, *sizes.split(), "--steps", "2"], check=True, env=ONE_THREAD)
+    subprocess.run([*command, "--steps", "3", "--lr", "1e-4"], check=True, env=ONE_THREAD)
+    run = Run.load(tmp_path / "checkpoint.pt")
+    assert (run.step, run.recipe.lr, run.recipe.tokens) == (3, 1e-4, 256)
+    alone = Run(run.recipe)
+    for _ in range(3):
+        alone.train_step()
+    assert 1.5 * alone.seen < run.seen < 2.5 * alone.seen
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_model_that_exists_keeps_its_shape(tmp_path: Path) -> None:
+    Run(SMALL).save(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="leave these out"):
+        begin(tmp_path / "checkpoint.pt", None, {"layers": 3})
+
+
 def test_training_lowers_the_loss() -> None:
     run = Run(SMALL)
-    losses = [run.train_step()["variables"][0] for _ in range(60)]
+    losses = [run.train_step()["variables"].loss.item() for _ in range(60)]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
@@ -98,7 +179,7 @@ def test_written_models_are_read_as_they_were(tmp_path: Path, kind: str, bias: i
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     batch = make_batch("tree", 2, random.Random(0), 512)
     with torch.no_grad():
-        assert torch.equal(judge(run.model, batch)[0], judge(read, batch)[0])
+        assert torch.equal(judge(run.model, batch).loss, judge(read, batch).loss)
         assert torch.equal(measure(run.model, batch), measure(read, batch))
     assert read.config.tie_word_embeddings
     assert read.model.layers[0].self_attn.head_dim == 64

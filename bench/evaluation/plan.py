@@ -14,9 +14,9 @@ from .cells import Cell
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Budgets as shares of the mean output of a cell's instances."""
 INTERVAL = 16
-DEPTHS = {"tree": (8, 14, 20), "registers": (24, 44, 64), "variables": (30, 60, 90)}
+DEPTHS = {"tree": (5, 10, 15), "registers": (14, 27, 40), "variables": (20, 40, 60)}
 """Depths that were trained, easy to hardest."""
-BEYOND = {"tree": (24, 28), "registers": (72, 80), "variables": (96,)}
+BEYOND = {"tree": (18,), "registers": (48,), "variables": (72,)}
 """Deeper than any that was trained."""
 AT = 0.12
 """Share of the chain at which depths are compared."""

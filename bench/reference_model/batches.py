@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,15 +11,17 @@ from .tasks import TASKS, example
 from .tokenizer import PAD, output_ids, prompt_ids
 
 IGNORED = -100
-ROWS = 4
+LINE_END = ord("\n")
 SEED_BITS = 40
 """Of the instances that are trained on; those for evaluation have larger seeds."""
 FIRST = {"tree": 1, "registers": 1, "variables": 2}
 """Depths to begin with: chains of a few dozen tokens."""
-LAST = {"tree": 20, "registers": 64, "variables": 90}
-"""The deepest that is trained: chains of about 700 tokens."""
-LEARNED = 0.8
-"""Share of right chains at which deeper ones are taken in."""
+LAST = {"tree": 15, "registers": 40, "variables": 60}
+"""The deepest that is trained: chains of about 500 tokens."""
+LEARNED = 0.99
+"""Share of right tokens at which deeper ones are taken in."""
+SPAN = 1024
+"""Positions that gaps spread a row over: longer than the deepest examples."""
 
 
 @dataclass
@@ -27,8 +29,8 @@ class Curriculum:
     """The deepest that is trained by now, for each task."""
 
     depths: dict[str, int] = field(default_factory=lambda: dict(FIRST))
-    solved: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 0.0))
-    """Running share of right chains among the deepest examples."""
+    right: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 0.0))
+    """Running share of right tokens among the deepest examples."""
 
     def draw(self, task: str, rng: random.Random) -> int:
         """A depth for a batch: every other time one of the deepest fifth."""
@@ -36,15 +38,15 @@ class Curriculum:
         low = max(FIRST[task], deepest - deepest // 5) if rng.random() < 0.5 else FIRST[task]
         return rng.randint(low, deepest)
 
-    def report(self, task: str, depth: int, solved: float) -> None:
-        """Take in the share of right chains in a batch."""
+    def report(self, task: str, depth: int, right: float) -> None:
+        """Take in the share of right tokens in a batch."""
         deepest = self.depths[task]
         if depth < deepest - deepest // 5:
             return
-        self.solved[task] += 0.1 * (solved - self.solved[task])
-        if self.solved[task] >= LEARNED and deepest < LAST[task]:
+        self.right[task] += 0.1 * (right - self.right[task])
+        if self.right[task] >= LEARNED and deepest < LAST[task]:
             self.depths[task] = min(LAST[task], deepest + max(1, deepest // 8))
-            self.solved[task] -= 0.2
+            self.right[task] = 2 * LEARNED - 1
 
     @property
     def complete(self) -> bool:
@@ -59,17 +61,35 @@ class Batch:
     """int64 [rows, tokens]."""
     targets: torch.Tensor
     """The next tokens, IGNORED in the question and behind the end: int64 [rows, tokens]."""
+    positions: torch.Tensor
+    """int64 [rows, tokens]."""
+
+    def spread(self, rng: random.Random) -> Batch:
+        """The same with gaps between the positions of some lines.
+
+        Distances as in the deepest examples are so learned from short ones (after Ruoss et al.,
+        arXiv 2305.16843), while what stands in a line stays together.
+        """
+        steps = torch.ones_like(self.positions)
+        for row, ids in enumerate(self.inputs.tolist()):
+            begins = [at + 1 for at, token in enumerate(ids[:-1]) if token == LINE_END]
+            room = rng.randint(0, max(0, SPAN - len(ids)))
+            for at in rng.sample(begins, min(len(begins), rng.randint(1, 4))):
+                gap = rng.randint(0, room)
+                steps[row, at] += gap
+                room -= gap
+        return replace(self, positions=steps.cumsum(1) - 1)
 
 
-def make_batch(task: str, depth: int, rng: random.Random, tokens: int) -> Batch:
-    """As many examples of a task as `tokens` hold, at least ROWS."""
+def make_batch(task: str, depth: int, rng: random.Random, tokens: int, at_least: int = 1) -> Batch:
+    """As many examples of a task as `tokens` hold, at least so many rows."""
     rows: list[tuple[list[int], list[int]]] = []
     longest = 0
     while True:
         drawn = example(task, depth, rng.getrandbits(SEED_BITS))
         prompt, output = prompt_ids(drawn.question), output_ids(drawn)
         longest = max(longest, len(prompt) + len(output))
-        if len(rows) >= ROWS and longest * (len(rows) + 1) > tokens:
+        if len(rows) >= at_least and longest * (len(rows) + 1) > tokens:
             return pad(rows)
         rows.append((prompt, output))
 
@@ -83,4 +103,4 @@ def pad(rows: list[tuple[list[int], list[int]]]) -> Batch:
         ids = torch.tensor(prompt + output)
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
-    return Batch(inputs, targets)
+    return Batch(inputs, targets, torch.arange(width).expand(len(rows), width))

@@ -27,7 +27,7 @@ def accuracy(model: Any, task: str, depth: int, instances: int) -> float:
     """Share of held-out instances whose every output token is the most probable."""
     solved = 0.0
     for batch in held_out(task, depth, instances):
-        solved += judge(model, batch)[1] * len(batch.inputs)
+        solved += judge(model, batch).chains * len(batch.inputs)
     return round(solved) / instances
 
 

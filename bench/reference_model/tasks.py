@@ -19,8 +19,8 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
 }
 WORDS = ("apple", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor", "ink")
 """What distractors say."""
-REGISTERS = 12
-"""At most; few steps have fewer."""
+HELD_AT_FIRST = 12
+"""Registers that a program begins with, at most; few steps have fewer."""
 Side = Callable[[], tuple[str, int, list[str]]]
 """Makes an operand: its name, its value and the lines of its evaluation."""
 
@@ -81,24 +81,24 @@ def tree(rng: random.Random, depth: int) -> Example:
 
 
 def registers(rng: random.Random, depth: int) -> Example:
-    """A program of `depth` steps over registers that carry values from step to step.
+    """A straight-line program of `depth` steps; each writes a register of its own, once.
 
-    Chain: 12 tokens a step.
+    Operands are drawn among all that are held, however long ago they were written. Chain: 12
+    tokens a step.
     """
-    count = min(REGISTERS, depth + 2)
-    names = rng.sample(NAMES, count + depth)
-    held, labels = names[:count], names[count:]
-    values = {name: rng.randrange(10) for name in held}
+    count = min(HELD_AT_FIRST, depth + 2)
+    names = iter(rng.sample(NAMES, count + 2 * depth))
+    values = {next(names): rng.randrange(10) for _ in range(count)}
     program = [f"{name}{value}" for name, value in values.items()]
     chain = []
-    for label in labels:
-        target, sign = rng.choice(held), rng.choice("+-")
-        first, second = rng.sample(held, 2)
+    for _ in range(depth):
+        label, target, sign = next(names), next(names), rng.choice("+-")
+        first, second = rng.sample(list(values), 2)
         a, b = values[first], values[second]
         values[target] = OPERATIONS[sign](a, b)
         program.append(f"{label}:{target}={first}{sign}{second}")
         chain.append(f"{label}:{first}{a}{sign}{second}{b}={target}{values[target]}")
-    asked = rng.choice(held)
+    asked = rng.choice(list(values))
     answer = f"{asked}{values[asked]}"
     return Example(_lines(f"Run, print {asked}.", program), _chain(chain), answer)
 
