@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ def test_gaps_come_between_lines_and_reach_as_far_as_the_deepest() -> None:
         steps = apart.positions.diff(dim=1)
         assert (steps >= 1).all()
         assert (batch.inputs[:, :-1][steps > 1] == LINE_END).all()
+        asked = (batch.targets != IGNORED).cumsum(1) > 0
+        assert torch.equal(apart.positions[~asked], batch.positions[~asked])
         assert (apart.positions[:, 0] == 0).all()
         assert (steps > 1).any()
         farthest = max(farthest, int(apart.positions.max()))
@@ -199,3 +202,13 @@ def test_concentration_of_constant_queries_is_one() -> None:
     assert torch.equal(before[0], after[0])
     assert after[1].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
     assert (before < 0.99).all()
+
+
+def test_concentration_can_be_trained() -> None:
+    runs = [Run(replace(SMALL, concentrate=weight)) for weight in (0.0, 3.0)]
+    for run in runs:
+        for _ in range(30):
+            run.train_step()
+    batch = make_batch("tree", 2, random.Random(0), 512)
+    free, pressed = (measure(run.model, batch) for run in runs)
+    assert (pressed > free + 0.05).all()

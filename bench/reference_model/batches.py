@@ -65,14 +65,16 @@ class Batch:
     """int64 [rows, tokens]."""
 
     def spread(self, rng: random.Random) -> Batch:
-        """The same with gaps between the positions of some lines.
+        """The same with gaps between the positions of some lines of the output.
 
         Distances as in the deepest examples are so learned from short ones (after Ruoss et al.,
-        arXiv 2305.16843), while what stands in a line stays together.
+        arXiv 2305.16843). The question stays together: which of its lines follows another is told
+        by position alone.
         """
         steps = torch.ones_like(self.positions)
-        for row, ids in enumerate(self.inputs.tolist()):
-            begins = [at + 1 for at, token in enumerate(ids[:-1]) if token == LINE_END]
+        for row, (ids, targets) in enumerate(zip(self.inputs.tolist(), self.targets, strict=True)):
+            first = int((targets != IGNORED).int().argmax())
+            begins = [at + 1 for at in range(first, len(ids) - 1) if ids[at] == LINE_END]
             room = rng.randint(0, max(0, SPAN - len(ids)))
             for at in rng.sample(begins, min(len(begins), rng.randint(1, 4))):
                 gap = rng.randint(0, room)

@@ -49,6 +49,8 @@ class Recipe:
     """Of a batch, at least."""
     spread: float = 0.5
     """Share of the batches with gaps between lines."""
+    concentrate: float = 0.0
+    """Nats that 1 - R adds to the loss: the mean of all heads, pairs weighted by (E|q_f|)^2."""
     lr: float = 1e-3
     decay: float = 0.1
     """Weight decay, of matrices alone."""
@@ -84,8 +86,12 @@ class Run:
         for task in TASKS:
             depth, spread = self.curriculum.draw(task, rng), rng.random() < recipe.spread
             batch = make_batch(task, depth, instances, recipe.tokens, recipe.rows)
-            judged = judge(self.model, batch.spread(instances) if spread else batch)
-            (judged.loss / len(TASKS)).backward()
+            with capturing(self.model, "q") as queries:
+                judged = judge(self.model, batch.spread(instances) if spread else batch)
+            loss = judged.loss
+            if recipe.concentrate:
+                loss = loss + recipe.concentrate * (1.0 - strongest(queries).mean())
+            (loss / len(TASKS)).backward()
             results[task] = judged.agreed()
             if not spread:
                 self.curriculum.report(task, depth, results[task].tokens)
@@ -197,7 +203,12 @@ def measure(model: Any, batch: Batch) -> torch.Tensor:
     """R over the three strongest frequency pairs: float32 [layers, query heads]."""
     with capturing(model, "q") as queries:
         model.model(batch.inputs, use_cache=False)
-    means = [head_means(heads) for heads in queries]
+    return strongest(queries)
+
+
+def strongest(queries: list[torch.Tensor]) -> torch.Tensor:
+    """R over the three strongest pairs, of each layer's queries: float32 [layers, query heads]."""
+    means = [head_means(heads.float()) for heads in queries]
     found = Statistics(torch.stack([m[0] for m in means]), torch.stack([m[1] for m in means]))
     return concentration(found).strongest
 
