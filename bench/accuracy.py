@@ -14,14 +14,19 @@ from tqdm import tqdm
 from bench import pictures
 from bench.evaluation import report
 from bench.evaluation.cells import Results
-from bench.evaluation.methods import ABLATIONS, IMPROVEMENTS, METHODS, PUBLISHED, SERVED
+from bench.evaluation.methods import ABLATIONS, IMPROVEMENTS, METHODS, PUBLISHED, SERVED, SETTINGS
 from bench.evaluation.plan import AT, DEPTHS, INTERVAL, Plan, make_plan
 from bench.evaluation.runner import Subject, run
 from bench.evaluation.served import compare
 from bench.machine import machine
 from bench.reference_model import FOLDER
 
-GROUPS = {"published": PUBLISHED, "ablations": ABLATIONS, "improvements": IMPROVEMENTS}
+GROUPS = {
+    "published": PUBLISHED,
+    "ablations": ABLATIONS,
+    "settings": SETTINGS,
+    "improvements": IMPROVEMENTS,
+}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from bench.evaluation.cells import Cell, Results, Tally
 from bench.evaluation.judge import Outcome, follow
-from bench.evaluation.methods import METHODS, RECENT
+from bench.evaluation.methods import METHODS, RECENT, SETTINGS
 from bench.evaluation.plan import make_plan
 from bench.evaluation.report import accuracy_table
 from bench.reference_model.batches import SEED_BITS
@@ -20,6 +20,7 @@ from bench.reference_model.tokenizer import VOCABULARY, output_ids, prompt_ids, 
 from bench.simulator import Oracle, Stats
 from bench.tiny_models import calibration_text, make_model, make_stats
 
+POLICIES = [name for name in METHODS if name not in SETTINGS]
 PROMPT = list(calibration_text(60, seed=5).encode())
 
 
@@ -121,7 +122,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", POLICIES)
 def test_judged_as_the_model_decodes(oracle: Oracle, method: str) -> None:
     """An output is right if and only if it is what greedy decoding gives, token for token."""
     policy = METHODS[method](24, 16)
@@ -139,11 +140,18 @@ def test_judged_as_the_model_decodes(oracle: Oracle, method: str) -> None:
 def test_methods_differ(oracle: Oracle) -> None:
     """Every name is a method of its own, and each evicts otherwise than the others."""
     outputs = {
-        name: tuple(oracle.generate(PROMPT, 200, make(24, 16)).output_ids.tolist())
-        for name, make in METHODS.items()
+        name: tuple(oracle.generate(PROMPT, 200, METHODS[name](24, 16)).output_ids.tolist())
+        for name in POLICIES
     }
-    assert len(set(outputs.values())) == len(METHODS)
-    assert all(make(24, 16).recent in (0, 4, RECENT, 12, 16) for make in METHODS.values())
+    assert len(set(outputs.values())) == len(POLICIES)
+    assert {METHODS[name](24, 16).recent for name in POLICIES} <= {0, 4, RECENT, 12, 16}
+
+
+def test_settings_are_what_their_names_say() -> None:
+    for name in SETTINGS:
+        policy, (setting, value) = METHODS[name](200, 16), name.split()
+        assert vars(policy)[setting] == int(value)
+        assert (policy.budget, policy.interval == 16) == (200, setting == "recent")
 
 
 def test_results_go_on(tmp_path: Path) -> None:
@@ -176,7 +184,10 @@ def test_plan_covers_what_is_compared() -> None:
     assert max(shares) == 0.5
     assert len(shares) >= 5
     assert sum(cell.method == "full" for cell in plan.budgets) == 1
-    assert all(cell.budget >= 2 * RECENT for cell in plan.cells if cell.share)
+    assert all(cell.budget > RECENT for cell in plan.cells if cell.share)
+    plan = make_plan(["recent 64"], ["tree"])
+    assert {cell.budget >= 64 for cell in plan.budgets} == {True}
+    assert max(cell.share for cell in plan.budgets) == 0.5
 
 
 def test_held_out_instances_are_not_trained_on() -> None:

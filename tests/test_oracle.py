@@ -30,6 +30,7 @@ STREAMING = [
     {"policy": "streaming"},
     {"policy": "streaming", "sinks": 0, "budget": 40, "interval": 30},
 ]
+RANDOM = [{"policy": "random"}, {"policy": "random", "budget": 40, "interval": 30}]
 ODD = [
     {"recent": 0, "budget": 61, "interval": 17, "reuse": "prompt"},
     {"recent": 17, "budget": 17, "interval": 17},
@@ -85,7 +86,7 @@ def check(running: Running, policies: list[dict[str, object]]) -> None:
 
 @pytest.mark.parametrize("server", WITH_POLICY, indirect=True)
 def test_every_policy_and_mode(server: Running) -> None:
-    check(server, [*TRIATTENTION, *STREAMING, *ODD, {"policy": "none"}])
+    check(server, [*TRIATTENTION, *STREAMING, *RANDOM, *ODD, {"policy": "none"}])
 
 
 @pytest.mark.parametrize("server", OTHER_ROPE, indirect=True)

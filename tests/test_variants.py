@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import torch
 
 from bench.simulator import Candidates, Stats
-from bench.simulator.variants import Terms, Variant
+from bench.simulator.selection import select
+from bench.simulator.variants import ByConcentration, Terms, Variant
 
 
 def variant_scores(
@@ -74,3 +75,27 @@ def test_second_moments_give_the_expected_exponentiated_logit() -> None:
         logits = 1.44 * (drawn * spread) @ keys.T / 8**0.5
         expected = 8**0.5 * logits.exp().mean(0).log()
         assert torch.allclose(alone[head], expected, rtol=0.03, atol=0.01)
+
+
+def test_scattered_heads_keep_more() -> None:
+    """By hand: R 0.9 and 0.5 of two KV heads; 2 recent tokens, 10 to keep of 40 on average."""
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(1, 2, 40, 8, generator=generator).double()
+    size = torch.ones(1, 2, 4).double()
+    mean = torch.tensor([0.9, 0.5])[None, :, None] * torch.ones(1, 2, 4).to(torch.complex128)
+    rope = SimpleNamespace(
+        pairs=lambda x: torch.complex(*x.chunk(2, dim=-1)),
+        omega=torch.ones(4).double(),
+        scale=torch.ones(4).double(),
+    )
+    at = torch.arange(40).expand(1, 2, 40).clone()
+    at[0, 1, :20] = -1
+    some = Candidates(keys, keys, at, 40, 10, rope, Stats(mean, size))  # type: ignore[arg-type]
+    ranking = ByConcentration(10, 4, recent=2).rank(some)
+    # 8 x (0.2 + 0.8 x 0.1 / 0.3) = 3.73 and 8 x (0.2 + 0.8 x 0.5 / 0.3) = 12.27, and 2 recent.
+    assert ranking.counts is not None
+    assert ranking.counts.tolist() == [[6, 14]]
+    kept = select(ranking, 10).index
+    assert (kept[0, 0] >= 0).sum() == 6
+    assert (at[0, 1, kept[0, 1]] >= 20).all()
+    assert {38, 39} <= set(kept[0, 0].tolist()) & set(kept[0, 1].tolist())

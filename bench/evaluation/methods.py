@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from bench.simulator.policies import Policy
 from bench.simulator.registry import make_policy
-from bench.simulator.variants import Terms, Variant
+from bench.simulator.variants import ByConcentration, Terms, Variant
 
 RECENT = 8
 """The latest tokens that stay with every method: the window of R-KV and of SnapKV."""
@@ -25,6 +25,10 @@ def _variant(mode: str = "per-head", normalize: bool = True, **terms: object) ->
         return Variant(budget, interval, chosen, recent=RECENT, mode=mode, normalize=normalize)
 
     return make
+
+
+def _every(tokens: int) -> Method:
+    return lambda budget, _: make_policy("triattention", budget, tokens, recent=RECENT)
 
 
 PUBLISHED: dict[str, Method] = {
@@ -47,14 +51,36 @@ ABLATIONS: dict[str, Method] = {
     "no z-norm": _variant(normalize=False),
 }
 
+SETTINGS: dict[str, Method] = {
+    **{f"interval {tokens}": _every(tokens) for tokens in (32, 64, 128, 256, 512)},
+    **{f"recent {n}": _named("triattention", recent=n) for n in (0, 4, 16, 32, 64, 128)},
+}
+"""TriAttention with other settings; published has an interval of the plan's, and RECENT."""
+
 IMPROVEMENTS: dict[str, Method] = {
     "variance added": _variant(spread="both"),
     "variance instead": _variant(spread="variance"),
     "value norms": _variant(values=True),
     "first tokens": _variant(first=4),
+    "budgets by R": lambda budget, interval: ByConcentration(budget, interval, recent=RECENT),
 }
 
-METHODS: dict[str, Method] = PUBLISHED | ABLATIONS | IMPROVEMENTS
+METHODS: dict[str, Method] = PUBLISHED | ABLATIONS | SETTINGS | IMPROVEMENTS
 
-SERVED = {"full": "none", "triattention": "triattention", "streaming": "streaming"}
+
+def fits(method: str, budget: int, interval: int) -> bool:
+    """Whether what a method always keeps leaves room in a budget."""
+    try:
+        METHODS[method](budget, interval)
+    except ValueError:
+        return False
+    return True
+
+
+SERVED = {
+    "full": "none",
+    "triattention": "triattention",
+    "streaming": "streaming",
+    "random": "random",
+}
 """The server's names of those that it has."""

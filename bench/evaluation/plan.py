@@ -10,6 +10,7 @@ from bench.reference_model.evaluate import instance
 from bench.reference_model.tokenizer import output_ids
 
 from .cells import Cell
+from .methods import fits
 
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Budgets as shares of the mean output of a cell's instances."""
@@ -65,4 +66,9 @@ def make_plan(methods: Iterable[str], tasks: Sequence[str]) -> Plan:
         for method in names
         for depth in (*DEPTHS[task], *BEYOND[task])
     ]
-    return Plan(list(dict.fromkeys(budgets)), list(dict.fromkeys(depths)))
+    return Plan(_possible(budgets), _possible(depths))
+
+
+def _possible(cells: list[Cell]) -> list[Cell]:
+    """Each once, without budgets that are too small for the method: `-` in tables."""
+    return [c for c in dict.fromkeys(cells) if not c.share or fits(c.method, c.budget, c.interval)]

@@ -69,6 +69,19 @@ def _ragged(
     return Selection(index.sort(dim=-1).values, scores, edge, float("nan"))
 
 
+def apportion(wanted: torch.Tensor, free: torch.Tensor, total: int) -> torch.Tensor:
+    """Whole numbers close to `wanted` that add up to `total`, none above `free`: int64 [sets].
+
+    wanted: float [sets], of about that sum; free: int64 [sets], of at least that.
+    """
+    wanted = torch.minimum(wanted, free)
+    counts = wanted.floor().to(torch.int64)
+    while (missing := total - int(counts.sum())) > 0:
+        room = (wanted - counts).masked_fill(counts >= free, -torch.inf)
+        counts[room.topk(min(missing, int((counts < free).sum()))).indices] += 1
+    return counts
+
+
 def reconcile(
     number: int,
     selection: Selection,

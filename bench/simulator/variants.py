@@ -8,6 +8,7 @@ import torch
 
 from .policies import Candidates, Ranking, TriAttention
 from .scoring import expected_logits
+from .selection import apportion
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,48 @@ class Variant(TriAttention):
             size = torch.linalg.vector_norm(candidates.values[layer].double(), dim=-1)
             scores = scores + candidates.keys.shape[-1] ** 0.5 * size.log()[:, None]
         return scores
+
+
+FLOOR = 0.2
+"""Share of the budget that all sets have alike."""
+
+
+class ByConcentration(Variant):
+    """Budgets by head: where queries are scattered, scores say less, and more is kept.
+
+    Each layer and KV head has a set of its own, of FLOOR of the budget and a part of the rest in
+    proportion to 1 - R (pairs weighted by (E|q_f|)^2, mean over its query heads); all sets together
+    keep as much as under one budget for all. For the simulator alone, see `AdaKV`.
+    """
+
+    def __init__(self, budget: int, interval: int, **options: object) -> None:
+        mode = "per-layer-per-head"
+        super().__init__(budget, interval, Terms(), mode=mode, **options)
+
+    def scores(self, candidates: Candidates) -> torch.Tensor:
+        found = super().scores(candidates)
+        alive = (candidates.positions >= 0)[:, :, None]
+        # As the mean, vacant places narrow the deviations of a group's heads alike.
+        mean = (found * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True)
+        return found.where(alive, mean)
+
+    def rank(self, candidates: Candidates) -> Ranking:
+        ranking = super().rank(candidates)
+        alive = candidates.positions >= 0
+        scattered = 1 - resultant(candidates)
+        part = FLOOR + (1 - FLOOR) * scattered / scattered.mean()
+        wanted = self.recent + (candidates.keep - self.recent) * part
+        total = alive.shape[0] * alive.shape[1] * candidates.keep
+        counts = apportion(wanted.flatten(), alive.sum(-1).flatten(), total).view_as(scattered)
+        lowest = ranking.scores.min() - 1.0
+        return Ranking(ranking.scores.masked_fill(~alive, lowest), ranking.protected, counts)
+
+
+def resultant(candidates: Candidates) -> torch.Tensor:
+    """R of the queries of each KV head: float64 [layers, kv heads]."""
+    stats = candidates.stats
+    if stats is None:
+        raise ValueError("TriAttention needs query statistics")
+    centre, size = stats.mean.abs(), stats.abs_mean
+    own = (centre * size).sum(-1) / size.square().sum(-1)
+    return own.unflatten(1, (candidates.keys.shape[1], -1)).mean(-1)

@@ -1,7 +1,10 @@
 """The policies by name. A new one is a file beside these and a line here."""
 
 from sglang_tri.policies.base import Policy
+from sglang_tri.policies.random import Random
 from sglang_tri.policies.streaming import Streaming
 from sglang_tri.policies.triattention import TriAttention
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (TriAttention, Streaming)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (TriAttention, Streaming, Random)
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..policies import Candidates, Ranking
+from ..selection import apportion
 from .snapkv import SnapKV
 
 FLOOR = 0.2
@@ -41,9 +42,4 @@ def head_budgets(scores: torch.Tensor, keep: int, free: torch.Tensor) -> torch.T
     heads = len(scores)
     best = scores.flatten().topk(heads * keep).indices // scores.shape[1]
     wanted = (1 - FLOOR) * torch.bincount(best, minlength=heads) + FLOOR * keep
-    wanted = torch.minimum(wanted, free)
-    counts = wanted.floor().to(torch.int64)
-    while (missing := heads * keep - int(counts.sum())) > 0:
-        room = (wanted - counts).masked_fill(counts >= free, -torch.inf)
-        counts[room.topk(min(missing, int((counts < free).sum()))).indices] += 1
-    return counts
+    return apportion(wanted, free, heads * keep)

@@ -6,17 +6,30 @@ import torch
 
 from ..policies import Candidates, Policy, Ranking, newest
 
+_WORD = (1 << 32) - 1
+
 
 class Chance(Policy):
-    """A set of its own for each layer and KV head, drawn anew in every round."""
+    """A set of its own for each KV head, the server's: drawn anew in every round, by a hash."""
 
-    def __init__(self, budget: int, interval: int, recent: int = 16, seed: int = 0) -> None:
+    def __init__(self, budget: int, interval: int, recent: int = 16) -> None:
         super().__init__(budget, interval, recent)
         if not 0 <= recent <= budget:
             raise ValueError(f"{recent} recent tokens in a budget of {budget}")
-        self.seed = seed
 
     def rank(self, candidates: Candidates) -> Ranking:
-        generator = torch.Generator().manual_seed(self.seed + candidates.length)
-        scores = torch.rand(candidates.positions.shape, generator=generator, dtype=torch.float64)
+        heads, n = candidates.keys.shape[1:3]
+        drawn = [
+            [fmix32(fmix32(fmix32(candidates.length) + head) + place) >> 8 for place in range(n)]
+            for head in range(heads)
+        ]
+        scores = torch.tensor([drawn], dtype=torch.float64)
         return Ranking(scores, newest(candidates, self.recent))
+
+
+def fmix32(word: int) -> int:
+    """MurmurHash3's finalizer: every bit of a 32-bit word sways every other."""
+    word &= _WORD
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        word = (word ^ word >> shift) * factor & _WORD
+    return word ^ word >> 16
