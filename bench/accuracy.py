@@ -14,6 +14,11 @@ from tqdm import tqdm
 from bench import pictures
 from bench.evaluation import report
 from bench.evaluation.cells import Results
+from bench.evaluation.concentration import (
+    concentration_of,
+    plot_by_concentration,
+    table_by_concentration,
+)
 from bench.evaluation.methods import ABLATIONS, IMPROVEMENTS, METHODS, PUBLISHED, SERVED, SETTINGS
 from bench.evaluation.plan import AT, DEPTHS, INTERVAL, Plan, make_plan
 from bench.evaluation.runner import Subject, run
@@ -31,7 +36,9 @@ GROUPS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=FOLDER, help="folder with stats.safetensors")
+    parser.add_argument(
+        "--models", type=Path, nargs="+", default=[FOLDER], help="folders with stats.safetensors"
+    )
     parser.add_argument("--methods", nargs="+", default=["published"], help=_help())
     parser.add_argument("--tasks", nargs="+", default=list(DEPTHS), choices=list(DEPTHS))
     parser.add_argument("--instances", type=int, default=100, help="of each cell")
@@ -39,21 +46,38 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/accuracy"))
     args = parser.parse_args()
-    names = _methods(parser, args.methods)
+    plan = make_plan(_methods(parser, args.methods), args.tasks)
     args.out.mkdir(parents=True, exist_ok=True)
-    subject = Subject(args.model, args.model / "stats.safetensors")
-    results = Results(args.out / "outcomes.jsonl")
-    plan = make_plan(names, args.tasks)
-    with tqdm(total=args.instances * len(plan.cells), unit="instance") as bar:
-        work = [(cell, args.instances) for cell in plan.cells]
-        bar.update(sum(args.instances - len(list(results.missing(c, range(n)))) for c, n in work))
-        run(subject, work, results, args.processes, lambda _cell, _outcome: bar.update())
-    text = write_report(results, plan, args.tasks, args.out)
-    if args.server:
-        cells = [cell for cell in plan.budgets if cell.method in SERVED]
-        text += "\n\n" + report.agreement_table(compare(subject, cells, args.server))
+    subjects = [Subject(model, model / "stats.safetensors") for model in args.models]
+    found = [judge_all(subject, plan, args) for subject in subjects]
+    parts = [
+        write_report(subject, results, plan, args)
+        for subject, results in zip(subjects, found, strict=True)
+    ]
+    if len(subjects) > 1:
+        parts.append(write_comparison(subjects, found, plan, args.out))
+    text = "\n\n".join(parts)
     print(text)
     (args.out / "report.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def folder(subject: Subject, args: argparse.Namespace) -> Path:
+    """Where a model's outcomes and pictures are."""
+    made: Path = args.out / subject.model.name
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def judge_all(subject: Subject, plan: Plan, args: argparse.Namespace) -> Results:
+    """Outcomes of all cells: those that are there, and those that are missing."""
+    results = Results(folder(subject, args) / "outcomes.jsonl")
+    count = args.instances
+    with tqdm(total=count * len(plan.cells), desc=subject.model.name, unit="instance") as bar:
+        for cell in plan.cells:
+            bar.update(count - len(list(results.missing(cell, range(count)))))
+        work = [(cell, count) for cell in plan.cells]
+        run(subject, work, results, args.processes, lambda _cell, _outcome: bar.update())
+    return results
 
 
 def _help() -> str:
@@ -68,18 +92,33 @@ def _methods(parser: argparse.ArgumentParser, asked: list[str]) -> list[str]:
     return names
 
 
-def write_report(results: Results, plan: Plan, tasks: list[str], folder: Path) -> str:
-    """Tables as text; pictures beside where matplotlib is there."""
-    parts = [f"{machine()}; percent solved (95% interval), a round every {INTERVAL} tokens"]
-    for task in tasks:
+def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.Namespace) -> str:
+    """One model's tables as text, with the server's if it is asked; its pictures to --out."""
+    name = f"{subject.model.name}, R {concentration_of(subject):.2f}, {machine()}"
+    parts = [f"{name}; percent solved (95% interval), a round every {INTERVAL} tokens"]
+    for task in args.tasks:
         for across, cells in (("share", plan.budgets), ("depth", plan.depths)):
             own = [cell for cell in cells if cell.task == task]
             fixed = f"depth {own[0].depth}" if across == "share" else f"budget {100 * AT:.0f}%"
             parts += [f"{task}, {fixed}\n{report.accuracy_table(results, own, across)}"]
     if pictures.available():
-        report.plot(results, plan.budgets, "share", "Accuracy by budget", folder / "budget.png")
-        report.plot(results, plan.depths, "depth", "Accuracy by depth", folder / "depth.png")
+        place = folder(subject, args)
+        report.plot(results, plan.budgets, "share", f"By budget: {name}", place / "budget.png")
+        report.plot(results, plan.depths, "depth", f"By depth: {name}", place / "depth.png")
+    if args.server:
+        cells = [cell for cell in plan.budgets if cell.method in SERVED]
+        parts.append(report.agreement_table(compare(subject, cells, args.server)))
     return "\n\n".join(parts)
+
+
+def write_comparison(
+    subjects: list[Subject], found: list[Results], plan: Plan, folder: Path
+) -> str:
+    """Accuracy as a function of the models' R, as text and as a picture."""
+    models = {concentration_of(s): results for s, results in zip(subjects, found, strict=True)}
+    if pictures.available():
+        plot_by_concentration(models, plan.budgets, folder / "concentration.png")
+    return table_by_concentration(models, plan.budgets)
 
 
 if __name__ == "__main__":

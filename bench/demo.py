@@ -1,9 +1,11 @@
-"""Two long chats over one system prompt, in few KV slots, then in as many as they like.
+"""Two long chats with a model that reasons, in few KV slots, then in as many as they like.
 
 Starts the real SGLang server twice, with `--kv-policy triattention` and without, holds the same
-two multi-turn chats through the openai client, and prints what each needed. Fails unless slots
-were evicted, peak slots obey the bound, and the radix cache hit as in stock SGLang, in the second
-turn over the compressed first one.
+two chats through the openai client, and prints what each needed and whether it was right. The
+second question of a chat asks for values that the first answer's chain of thought came to. Fails
+unless slots were evicted, peak slots obey the bound, and the radix cache hit as in stock SGLang, in
+the second turn over the compressed first one. The model is the one that
+`bench/reference_model/weights` describes.
 """
 
 from __future__ import annotations
@@ -24,28 +26,32 @@ from openai.types.chat.chat_completion import Choice
 from tqdm import tqdm
 
 from bench.decode_log import DecodeLog
+from bench.reference_model import FOLDER
+from bench.reference_model.evaluate import HELD_OUT
+from bench.reference_model.tasks import Example, chat
 from bench.server import Server
-from bench.tiny_models import make_model
 
-BUDGET, INTERVAL, TOKENS, CHATS, TURNS = 256, 64, 1536, 2, 2
+BUDGET, INTERVAL, CHATS, DEPTHS = 128, 32, 2, (20, 20)
+TOKENS = 400
+"""Of an answer, at most; the right ones have about 250."""
 LOG_STEPS = 1
-SYSTEM = (
-    "You are a patient assistant. Think step by step, write down every intermediate result, "
-    "and check it before you go on. Answer in plain text. "
-) * 3
-QUESTIONS = ("Plan a bicycle tour along the river.", "Sort these names and say how you did it.")
-FOLLOW_UP = "Go on, and mind what you said before."
-POLICY = ["--kv-policy", "triattention", "--kv-budget", str(BUDGET), "--kv-interval", str(INTERVAL)]
+POLICY = [
+    *("--kv-policy", "triattention", "--kv-stats", str(FOLDER / "stats.safetensors")),
+    *("--kv-budget", str(BUDGET), "--kv-interval", str(INTERVAL)),
+]
+# The model was measured with this precision.
+COMMON = ["--dtype", "float32", "--reasoning-parser", "qwen3"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one answer cost, in tokens."""
+    """What one answer cost, in tokens, and whether it was right."""
 
     prompt: int
     cached: int
     generated: int
     evicted: int
+    right: bool
 
 
 @dataclass(frozen=True)
@@ -72,23 +78,24 @@ class Arm:
     resident_generated_max: int
 
 
-def run_arm(name: str, model: Path, policy: list[str], folder: Path) -> Arm:
+def run_arm(name: str, policy: list[str], folder: Path) -> Arm:
     """Start a server, hold all chats, stop it."""
-    arguments = [*policy, "--decode-log-interval", str(LOG_STEPS)]
-    bar = tqdm(total=CHATS * TURNS * TOKENS, desc=f"{name}: starting", unit="tok")
+    arguments = [*COMMON, *policy, "--decode-log-interval", str(LOG_STEPS)]
+    chats = [chat(DEPTHS, HELD_OUT + number) for number in range(CHATS)]
+    bar = tqdm(desc=f"{name}: starting", unit="tok")
     log = folder / f"{name}.log"
-    with Server(model, arguments, log, on_wait=bar.refresh) as server, bar:
+    with Server(FOLDER, arguments, log, on_wait=bar.refresh) as server, bar:
         bar.set_description(name)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=1800)
         # From here on the radix cache holds all that the chats share, whichever comes first.
-        ask(client, opening(""), tokens=8)
-        chats = [opening(question) for question in QUESTIONS]
+        ask(client, [{"role": "user", "content": "Run, print "}], tokens=1)
+        histories: list[list[dict[str, str]]] = [[] for _ in chats]
         turns = []
-        for _ in range(TURNS):
+        for questions in zip(*chats, strict=True):
             decode_log = DecodeLog(log)
             began = time.monotonic()
             with follow(decode_log, bar), ThreadPoolExecutor(CHATS) as pool:
-                answers = list(pool.map(lambda chat: take_turn(client, chat), chats))
+                answers = list(pool.map(take_turn, [client] * CHATS, histories, questions))
             turns.append(Turn(answers, decode_log.peak_slots, time.monotonic() - began))
         report = server.internal_state().get("kv_policy", {})
     return Arm(name, turns, report.get("resident_generated_max", 0))
@@ -113,33 +120,32 @@ def follow(log: DecodeLog, bar: tqdm) -> Iterator[None]:
         log.read_new()
 
 
-def opening(question: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
-
-
 def ask(client: openai.OpenAI, messages: list[dict[str, str]], tokens: int) -> Choice:
-    """One answer of exactly `tokens` tokens."""
+    """One answer of at most `tokens` tokens."""
     answer = client.chat.completions.create(
-        model="tiny",
+        model="reference",
         messages=messages,  # type: ignore[arg-type]
         max_tokens=tokens,
         temperature=0,
-        extra_body={"ignore_eos": True, "return_meta_info": True},
+        extra_body={"return_meta_info": True},
     )
     return answer.choices[0]
 
 
-def take_turn(client: openai.OpenAI, chat: list[dict[str, str]]) -> Answer:
-    """One answer over the whole history, which grows by it and by the next question."""
-    choice = ask(client, chat, TOKENS)
-    chat.append({"role": "assistant", "content": choice.message.content or ""})
-    chat.append({"role": "user", "content": FOLLOW_UP})
+def take_turn(client: openai.OpenAI, history: list[dict[str, str]], question: Example) -> Answer:
+    """One answer over the whole history, which grows by the question and by it."""
+    history.append({"role": "user", "content": question.question})
+    choice = ask(client, history, TOKENS)
+    content = choice.message.content or ""
+    reasoning: str = choice.message.reasoning_content or ""  # type: ignore[attr-defined]
+    history.append({"role": "assistant", "content": content, "reasoning_content": reasoning})
     info = choice.meta_info  # type: ignore[attr-defined]
     return Answer(
         info["prompt_tokens"],
         info["cached_tokens"],
         info["completion_tokens"],
         info.get("kv_policy", {}).get("evicted_tokens", 0),
+        content.strip() == question.answer,
     )
 
 
@@ -149,7 +155,7 @@ def print_table(arms: list[Arm]) -> None:
     for arm in arms:
         for number, turn in enumerate(arm.turns, 1):
             sums = [
-                " + ".join(str(v) for v in row)
+                " + ".join("yes" if v is True else "no" if v is False else str(v) for v in row)
                 for row in zip(*map(astuple, turn.answers), strict=True)
             ]
             speed = sum(answer.generated for answer in turn.answers) / turn.seconds
@@ -185,10 +191,8 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.keep_logs or Path(tempfile.mkdtemp(prefix="sglang-tri-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
-    print("Making a tiny random model ...")
-    model = make_model("qwen3", folder / "model")
-    policy = run_arm("triattention", model, POLICY, folder)
-    stock = run_arm("stock", model, [], folder)
+    policy = run_arm("triattention", POLICY, folder)
+    stock = run_arm("stock", [], folder)
     print_table([policy, stock])
     found = problems(policy, stock)
     for problem in found:

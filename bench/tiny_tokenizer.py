@@ -55,7 +55,8 @@ def write_bpe(
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": True,
+            # Marks of reasoning stay in texts, where reasoning parsers look for them.
+            "special": text not in ("<think>", "</think>"),
         }
         for number, text in enumerate(specials)
     ]

@@ -15,8 +15,14 @@ from bench.evaluation.plan import make_plan
 from bench.evaluation.report import accuracy_table
 from bench.reference_model.batches import SEED_BITS
 from bench.reference_model.evaluate import HELD_OUT, instance
-from bench.reference_model.tasks import TASKS, example
-from bench.reference_model.tokenizer import VOCABULARY, output_ids, prompt_ids, write_tokenizer
+from bench.reference_model.tasks import TASKS, chat, example
+from bench.reference_model.tokenizer import (
+    VOCABULARY,
+    chat_ids,
+    output_ids,
+    prompt_ids,
+    write_tokenizer,
+)
 from bench.simulator import Oracle, Stats
 from bench.tiny_models import calibration_text, make_model, make_stats
 
@@ -109,17 +115,36 @@ def test_tokenizer(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for task in TASKS:
         made = example(task, 30, 5)
-        chat = [{"role": "user", "content": made.question}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        asked = [{"role": "user", "content": made.question}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         assert list(prompt) == prompt_ids(made.question)
         text = f"{made.chain}</think>\n{made.answer}<|im_end|>"
         assert tokenizer(text).input_ids == output_ids(made)
         assert tokenizer.decode(output_ids(made)) == text
     assert max(tokenizer.get_vocab().values()) < VOCABULARY
-    turn = [*chat, {"role": "assistant", "content": "x7", "reasoning_content": "x7\n"}]
-    assert "<think>\nx7\n</think>\nx7<|im_end|>" in tokenizer.apply_chat_template(
-        turn, tokenize=False
-    )
+    turns = chat([4, 3], 5)
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.question})
+        # What follows </think> begins with a line end, if a server does not strip it.
+        own = {"content": f"\n{turn.answer}", "reasoning_content": turn.chain}
+        messages.append({"role": "assistant", **own})
+    ids, written = chat_ids(turns)
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == [*ids, ord("\n")]
+    outputs = [token for turn in turns for token in output_ids(turn)]
+    assert [token for token, own in zip(ids, written, strict=True) if own] == outputs
+
+
+def test_a_chat_goes_on_with_its_registers() -> None:
+    first, second = chat([6, 5], 3)
+    whole = "\n".join(["", *first.question.split("\n")[1:], *second.question.split("\n")[1:]])
+    held = run_program(whole)
+    for turn in (first, second):
+        asked = turn.question.split("\n")[0].split()[-1].removesuffix(".")
+        assert turn.answer == f"{asked}{held[asked]}"
+    assert len(second.chain.splitlines()) == 5
+    known = set(run_program(first.question))
+    assert any(operand in known for line in second.chain.splitlines() for operand in line[2:7:3])
 
 
 @pytest.mark.parametrize("method", POLICIES)

@@ -28,7 +28,7 @@ from bench.reference_model.batches import (
 )
 from bench.reference_model.model import Shape, write_model
 from bench.reference_model.publish import publish
-from bench.reference_model.tasks import TASKS, example
+from bench.reference_model.tasks import TASKS, chat, example
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.reference_model.train import Recipe, Run, begin, judge, measure
 from sglang_tri import stats
@@ -58,6 +58,15 @@ def test_batches_ask_for_the_output_alone(task: str) -> None:
     assert batch.inputs.numel() <= 600
     assert torch.equal(batch.positions[0], torch.arange(batch.inputs.shape[1]))
     assert len(make_batch(task, LAST[task], random.Random(4), 600, at_least=4).inputs) == 4
+
+
+def test_batches_of_chats_ask_for_both_outputs() -> None:
+    batch = make_batch("registers", 7, random.Random(4), 600, at_least=3, chats=True)
+    rng = random.Random(4)
+    for targets in batch.targets:
+        seed, first = rng.getrandbits(40), rng.randrange(1, 7)
+        outputs = [token for turn in chat([first, 7 - first], seed) for token in output_ids(turn)]
+        assert targets[targets != IGNORED].tolist() == outputs
 
 
 def test_gaps_come_between_lines_and_reach_as_far_as_the_deepest() -> None:

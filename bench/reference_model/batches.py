@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from .tasks import TASKS, example
-from .tokenizer import PAD, output_ids, prompt_ids
+from .tasks import TASKS, Example, chat, example
+from .tokenizer import PAD, chat_ids
 
 IGNORED = -100
 LINE_END = ord("\n")
@@ -83,26 +84,33 @@ class Batch:
         return replace(self, positions=steps.cumsum(1) - 1)
 
 
-def make_batch(task: str, depth: int, rng: random.Random, tokens: int, at_least: int = 1) -> Batch:
-    """As many examples of a task as `tokens` hold, at least so many rows."""
-    rows: list[tuple[list[int], list[int]]] = []
+def make_batch(
+    task: str, depth: int, rng: random.Random, tokens: int, at_least: int = 1, chats: bool = False
+) -> Batch:
+    """As many examples of a task as `tokens` hold, at least so many rows.
+
+    chats: in two turns, of `depth` together; of registers alone.
+    """
+    rows: list[list[Example]] = []
     longest = 0
     while True:
-        drawn = example(task, depth, rng.getrandbits(SEED_BITS))
-        prompt, output = prompt_ids(drawn.question), output_ids(drawn)
-        longest = max(longest, len(prompt) + len(output))
+        seed = rng.getrandbits(SEED_BITS)
+        first = rng.randrange(1, depth) if chats else depth
+        drawn = chat([first, depth - first], seed) if chats else [example(task, depth, seed)]
+        longest = max(longest, len(chat_ids(drawn)[0]))
         if len(rows) >= at_least and longest * (len(rows) + 1) > tokens:
             return pad(rows)
-        rows.append((prompt, output))
+        rows.append(drawn)
 
 
-def pad(rows: list[tuple[list[int], list[int]]]) -> Batch:
-    """A batch of prompts with their outputs."""
-    width = max(len(prompt) + len(output) for prompt, output in rows) - 1
+def pad(rows: Sequence[Sequence[Example]]) -> Batch:
+    """A batch of chats of one question or more."""
+    made = [chat_ids(turns) for turns in rows]
+    width = max(len(ids) for ids, _ in made) - 1
     inputs = torch.full((len(rows), width), PAD)
     targets = torch.full((len(rows), width), IGNORED)
-    for row, (prompt, output) in enumerate(rows):
-        ids = torch.tensor(prompt + output)
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+    for row, (ids, written) in enumerate(made):
+        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        wanted = torch.tensor(ids[1:]).masked_fill(~torch.tensor(written[1:]), IGNORED)
+        targets[row, : len(ids) - 1] = wanted
     return Batch(inputs, targets, torch.arange(width).expand(len(rows), width))

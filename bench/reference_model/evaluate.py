@@ -9,7 +9,7 @@ import torch
 
 from .batches import SEED_BITS, Batch, pad
 from .tasks import Example, example
-from .tokenizer import output_ids, prompt_ids
+from .tokenizer import chat_ids
 from .train import judge
 
 HELD_OUT = 1 << SEED_BITS
@@ -33,10 +33,10 @@ def accuracy(model: Any, task: str, depth: int, instances: int) -> float:
 
 def held_out(task: str, depth: int, instances: int) -> Iterator[Batch]:
     """Instances 0, 1, ... in batches."""
-    rows: list[tuple[list[int], list[int]]] = []
+    rows: list[list[Example]] = []
     for number in range(instances):
-        made = instance(task, depth, number)
-        rows.append((prompt_ids(made.question), output_ids(made)))
-        if sum(len(p) + len(o) for p, o in rows) > _TOKENS or number == instances - 1:
+        rows.append([instance(task, depth, number)])
+        size = sum(len(chat_ids(row)[0]) for row in rows)
+        if size > _TOKENS or number == instances - 1:
             yield pad(rows)
             rows = []

@@ -7,7 +7,7 @@ reference, token for token; `depth` says how long it gets. Arithmetic is modulo 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,21 +86,30 @@ def registers(rng: random.Random, depth: int) -> Example:
     Operands are drawn among all that are held, however long ago they were written. Chain: 12
     tokens a step.
     """
-    count = min(HELD_AT_FIRST, depth + 2)
-    names = iter(rng.sample(NAMES, count + 2 * depth))
+    return programs(rng, [depth])[0]
+
+
+def programs(rng: random.Random, depths: Sequence[int]) -> list[Example]:
+    """A chat: each question's program goes on with the registers of those before."""
+    count = min(HELD_AT_FIRST, depths[0] + 2)
+    names = iter(rng.sample(NAMES, count + 2 * sum(depths)))
     values = {next(names): rng.randrange(10) for _ in range(count)}
     program = [f"{name}{value}" for name, value in values.items()]
-    chain = []
-    for _ in range(depth):
-        label, target, sign = next(names), next(names), rng.choice("+-")
-        first, second = rng.sample(list(values), 2)
-        a, b = values[first], values[second]
-        values[target] = OPERATIONS[sign](a, b)
-        program.append(f"{label}:{target}={first}{sign}{second}")
-        chain.append(f"{label}:{first}{a}{sign}{second}{b}={target}{values[target]}")
-    asked = rng.choice(list(values))
-    answer = f"{asked}{values[asked]}"
-    return Example(_lines(f"Run, print {asked}.", program), _chain(chain), answer)
+    turns = []
+    for depth in depths:
+        chain = []
+        for _ in range(depth):
+            label, target, sign = next(names), next(names), rng.choice("+-")
+            first, second = rng.sample(list(values), 2)
+            a, b = values[first], values[second]
+            values[target] = OPERATIONS[sign](a, b)
+            program.append(f"{label}:{target}={first}{sign}{second}")
+            chain.append(f"{label}:{first}{a}{sign}{second}{b}={target}{values[target]}")
+        asked = rng.choice(list(values))
+        question = _lines(f"Run, print {asked}.", program)
+        turns.append(Example(question, _chain(chain), f"{asked}{values[asked]}"))
+        program = []
+    return turns
 
 
 def variables(rng: random.Random, depth: int) -> Example:
@@ -148,6 +157,11 @@ TASKS: dict[str, Callable[[random.Random, int], Example]] = {
     "registers": registers,
     "variables": variables,
 }
+
+
+def chat(depths: Sequence[int], seed: int) -> list[Example]:
+    """Programs that go on with each other's registers, instance `seed`."""
+    return programs(random.Random(f"chat {depths} {seed}"), depths)
 
 
 def example(task: str, depth: int, seed: int) -> Example:

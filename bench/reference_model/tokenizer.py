@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.tiny_tokenizer import BYTES, byte_characters, write_bpe
@@ -16,8 +17,9 @@ VOCABULARY = -(-(FIRST_LETTER + len(LETTERS)) // 8) * 8
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m.get('reasoning_content') %}<think>\n{{ m['reasoning_content'] }}</think>\n{% endif %}"
-    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if m.get('reasoning_content') %}"
+    "<think>\n{{ m['reasoning_content'].strip('\n') }}\n</think>\n{% endif %}"
+    "{{ m['content'].lstrip('\n') }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 
@@ -50,6 +52,18 @@ def prompt_ids(question: str) -> list[int]:
     """The chat template around a question, up to and with `<think>` and its line end."""
     opening = [START, *encode("user\n"), *encode(question), END, *encode("\n")]
     return [*opening, START, *encode("assistant\n"), THINK, *encode("\n")]
+
+
+def chat_ids(turns: Sequence[Example]) -> tuple[list[int], list[bool]]:
+    """Questions with their outputs, one after the other; and which tokens are output."""
+    ids: list[int] = []
+    written: list[bool] = []
+    for turn in turns:
+        prompt = [*(encode("\n") if ids else []), *prompt_ids(turn.question)]
+        output = output_ids(turn)
+        ids += [*prompt, *output]
+        written += [False] * len(prompt) + [True] * len(output)
+    return ids, written
 
 
 def output_ids(example: Example) -> list[int]:

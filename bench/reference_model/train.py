@@ -49,6 +49,8 @@ class Recipe:
     """Of a batch, at least."""
     spread: float = 0.5
     """Share of the batches with gaps between lines."""
+    chats: float = 0.2
+    """Share of the batches of registers that are chats of two turns."""
     concentrate: float = 0.0
     """Nats that 1 - R adds to the loss: the mean of all heads, pairs weighted by (E|q_f|)^2."""
     lr: float = 1e-3
@@ -85,7 +87,8 @@ class Run:
         results = {}
         for task in TASKS:
             depth, spread = self.curriculum.draw(task, rng), rng.random() < recipe.spread
-            batch = make_batch(task, depth, instances, recipe.tokens, recipe.rows)
+            chats = task == "registers" and depth > 1 and rng.random() < recipe.chats
+            batch = make_batch(task, depth, instances, recipe.tokens, recipe.rows, chats)
             with capturing(self.model, "q") as queries:
                 judged = judge(self.model, batch.spread(instances) if spread else batch)
             loss = judged.loss
