@@ -20,7 +20,7 @@ from bench.evaluation.concentration import (
     table_by_concentration,
 )
 from bench.evaluation.methods import ABLATIONS, IMPROVEMENTS, METHODS, PUBLISHED, SERVED, SETTINGS
-from bench.evaluation.plan import AT, DEPTHS, INTERVAL, Plan, make_plan
+from bench.evaluation.plan import AT, DEPTHS, INTERVAL, SHARES, Plan, make_plan
 from bench.evaluation.runner import Subject, run
 from bench.evaluation.served import compare
 from bench.machine import machine
@@ -106,7 +106,11 @@ def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.
         report.plot(results, plan.budgets, "share", f"By budget: {name}", place / "budget.png")
         report.plot(results, plan.depths, "depth", f"By depth: {name}", place / "depth.png")
     if args.server:
-        cells = [cell for cell in plan.budgets if cell.method in SERVED]
+        cells = [
+            cell
+            for cell in plan.budgets
+            if cell.method in SERVED and cell.share in (0.0, AT, max(SHARES))
+        ]
         parts.append(report.agreement_table(compare(subject, cells, args.server)))
     return "\n\n".join(parts)
 

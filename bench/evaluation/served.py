@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from .cells import Cell
 from .judge import agreeing
 from .methods import RECENT, SERVED
 from .runner import Subject, judge_all
+
+TOGETHER = 8
+"""Requests at a time."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def agreement(server: Endpoint, subject: Subject, cell: Cell, count: int) -> Agr
     """Instances 0 to `count` - 1 of a cell on both sides."""
     numbers = list(range(count))
     simulated = judge_all(subject, cell, numbers)
-    answers = [ask(server, cell, number) for number in numbers]
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        answers = list(pool.map(lambda number: ask(server, cell, number), numbers))
     correct = [
         agreeing(answer["output_ids"], outcome_ids(cell, number))
         for number, answer in enumerate(answers)

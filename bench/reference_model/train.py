@@ -52,7 +52,7 @@ class Recipe:
     chats: float = 0.2
     """Share of the batches of registers that are chats of two turns."""
     concentrate: float = 0.0
-    """Nats that 1 - R adds to the loss: the mean of all heads, pairs weighted by (E|q_f|)^2."""
+    """Nats that 1 - R adds to the loss: R of the three strongest pairs, mean of all heads."""
     lr: float = 1e-3
     decay: float = 0.1
     """Weight decay, of matrices alone."""
