@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bench import pictures
 from bench.evaluation import report
-from bench.evaluation.cells import Results
+from bench.evaluation.cells import Cell, Results
 from bench.evaluation.concentration import (
     concentration_of,
     plot_by_concentration,
@@ -21,6 +21,7 @@ from bench.evaluation.concentration import (
 )
 from bench.evaluation.methods import ABLATIONS, IMPROVEMENTS, METHODS, PUBLISHED, SERVED, SETTINGS
 from bench.evaluation.plan import AT, DEPTHS, INTERVAL, SHARES, Plan, make_plan
+from bench.evaluation.reconstruction import reconstruction_table
 from bench.evaluation.runner import Subject, run
 from bench.evaluation.served import compare
 from bench.machine import machine
@@ -34,6 +35,10 @@ GROUPS = {
 }
 
 
+BASE = "triattention"
+"""What the other methods' answers are compared with, question by question."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -42,6 +47,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["published"], help=_help())
     parser.add_argument("--tasks", nargs="+", default=list(DEPTHS), choices=list(DEPTHS))
     parser.add_argument("--instances", type=int, default=100, help="of each cell")
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=3.0,
+        help=f"points: more instances at a budget of {100 * AT:.0f}%% until intervals are no wider "
+        "than this to either side",
+    )
     parser.add_argument("--server", type=int, default=0, help="instances to compare on a server")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/accuracy"))
@@ -71,13 +83,23 @@ def folder(subject: Subject, args: argparse.Namespace) -> Path:
 def judge_all(subject: Subject, plan: Plan, args: argparse.Namespace) -> Results:
     """Outcomes of all cells: those that are there, and those that are missing."""
     results = Results(folder(subject, args) / "outcomes.jsonl")
-    count = args.instances
-    with tqdm(total=count * len(plan.cells), desc=subject.model.name, unit="instance") as bar:
-        for cell in plan.cells:
-            bar.update(count - len(list(results.missing(cell, range(count)))))
-        work = [(cell, count) for cell in plan.cells]
-        run(subject, work, results, args.processes, lambda _cell, _outcome: bar.update())
+    fill(subject, results, [(cell, args.instances) for cell in plan.cells], args.processes)
+    half = args.within / 100
+    while work := [
+        (cell, wanted)
+        for cell in plan.decisive
+        for tally in [results.tally(cell)]
+        if (wanted := tally.instances_for(half)) > tally.instances
+    ]:
+        fill(subject, results, work, args.processes)
     return results
+
+
+def fill(subject: Subject, results: Results, work: list[tuple[Cell, int]], processes: int) -> None:
+    """So many instances of each cell, behind a bar."""
+    left = sum(len(list(results.missing(cell, range(count)))) for cell, count in work)
+    with tqdm(total=left, desc=subject.model.name, unit="instance") as bar:
+        run(subject, work, results, processes, lambda _cell, _outcome: bar.update())
 
 
 def _help() -> str:
@@ -101,6 +123,10 @@ def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.
             own = [cell for cell in cells if cell.task == task]
             fixed = f"depth {own[0].depth}" if across == "share" else f"budget {100 * AT:.0f}%"
             parts += [f"{task}, {fixed}\n{report.accuracy_table(results, own, across)}"]
+    if any(cell.method == BASE for cell in plan.budgets):
+        differences = report.difference_table(results, plan.budgets, BASE)
+        parts.append(f"points more than {BASE}, mean over budgets\n{differences}")
+    parts.append(f"mean logits by distance, predicted and actual\n{reconstruction_table(subject)}")
     if pictures.available():
         place = folder(subject, args)
         report.plot(results, plan.budgets, "share", f"By budget: {name}", place / "budget.png")

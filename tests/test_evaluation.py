@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bench.evaluation.cells import Cell, Results, Tally
+from bench.evaluation.cells import Z95, Cell, Difference, Results, Tally
 from bench.evaluation.judge import Outcome, follow
 from bench.evaluation.methods import METHODS, RECENT, SETTINGS
-from bench.evaluation.plan import make_plan
-from bench.evaluation.report import accuracy_table
+from bench.evaluation.plan import AT, make_plan
+from bench.evaluation.report import accuracy_table, difference_table
 from bench.reference_model.batches import SEED_BITS
 from bench.reference_model.evaluate import HELD_OUT, instance
 from bench.reference_model.tasks import TASKS, chat, example
@@ -202,6 +202,39 @@ def test_wilson(solved: int, of: int, low: float, high: float) -> None:
     assert Tally(solved, of, 0.0).interval == pytest.approx((low, high), abs=1e-4)
 
 
+def test_intervals_say_how_many_instances_they_lack() -> None:
+    assert Tally(0, 100, 0.0).instances_for(0.03) == 100
+    wanted = Tally(50, 100, 0.0).instances_for(0.03)
+    low, high = Tally(wanted // 2, wanted, 0.0).interval
+    assert high - low == pytest.approx(0.06, abs=2e-4)
+
+
+def test_methods_are_compared_on_the_same_questions(tmp_path: Path) -> None:
+    """By hand: three questions at two budgets; the fourth was not asked of both."""
+    results = Results(tmp_path / "outcomes.jsonl")
+    cells = {
+        (method, share): Cell(method, "tree", 3, share, round(100 * share), 16)
+        for method in ("snapkv", "triattention")
+        for share in (0.1, 0.2)
+    }
+    solved = {
+        ("snapkv", 0.1): (True, True, False, True),
+        ("snapkv", 0.2): (True, True, True, True),
+        ("triattention", 0.1): (False, True, False),
+        ("triattention", 0.2): (False, True, True),
+    }
+    for place, outcomes in solved.items():
+        for number, right in enumerate(outcomes):
+            results.add(cells[place], number, Outcome(right, 5, 9, 1))
+    found = results.compare((cells["snapkv", s], cells["triattention", s]) for s in (0.1, 0.2))
+    # Gains of 1, 0 and 0: deviation sqrt(1/3), of the mean a third.
+    assert found == Difference(pytest.approx(1 / 3), pytest.approx(Z95 / 3), 3)
+    assert difference_table(results, list(cells.values()), "triattention").splitlines() == [
+        "                tree           all  questions",
+        "snapkv  +33.3 ± 65.3  +33.3 ± 65.3          3",
+    ]
+
+
 def test_plan_covers_what_is_compared() -> None:
     plan = make_plan(["full", "triattention"], ["tree"])
     shares = {cell.share for cell in plan.budgets if cell.method == "triattention"}
@@ -210,7 +243,9 @@ def test_plan_covers_what_is_compared() -> None:
     assert len(shares) >= 5
     assert sum(cell.method == "full" for cell in plan.budgets) == 1
     assert all(cell.budget > RECENT for cell in plan.cells if cell.share)
+    assert {cell.share for cell in plan.decisive} == {0.0, AT}
     plan = make_plan(["recent 64"], ["tree"])
+    assert plan.depths == plan.decisive == []
     assert {cell.budget >= 64 for cell in plan.budgets} == {True}
     assert max(cell.share for cell in plan.budgets) == 0.5
 

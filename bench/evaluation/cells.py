@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 from .judge import Outcome
 
@@ -46,6 +47,28 @@ class Tally:
         half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return max(0.0, centre - half), min(1.0, centre + half)
 
+    def instances_for(self, half: float) -> int:
+        """Instances with which the interval is at most twice `half`, if the accuracy stays."""
+        share = self.accuracy
+        wanted = math.ceil(Z95 * Z95 * share * (1 - share) / (half * half))
+        low, high = self.interval
+        return self.instances if high - low <= 2 * half else max(wanted, self.instances + 8)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one method is than another on the same questions.
+
+    Attributes:
+        middle: accuracy of the one less that of the other.
+        half: half of its 95% interval.
+        questions: how many both have judged.
+    """
+
+    middle: float
+    half: float
+    questions: int
+
 
 class Results:
     """Outcomes by cell and instance, in a file that grows: a run goes on where it ended."""
@@ -69,6 +92,18 @@ class Results:
         content = {"cell": asdict(cell), "instance": instance, "outcome": asdict(outcome)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
+
+    def compare(self, pairs: Iterable[tuple[Cell, Cell]]) -> Difference:
+        """One method's cells with another's; a question at several budgets counts once."""
+        gains: dict[tuple[str, int, int], list[int]] = {}
+        for one, other in pairs:
+            theirs = self.outcomes[other]
+            for number, own in self.outcomes[one].items():
+                if number in theirs:
+                    gain = own.solved - theirs[number].solved
+                    gains.setdefault((one.task, one.depth, number), []).append(gain)
+        means = [mean(own) for own in gains.values()]
+        return Difference(mean(means), Z95 * stdev(means) / math.sqrt(len(means)), len(means))
 
     def tally(self, cell: Cell) -> Tally:
         outcomes = self.outcomes[cell].values()

@@ -10,7 +10,7 @@ from bench.reference_model.evaluate import instance
 from bench.reference_model.tokenizer import output_ids
 
 from .cells import Cell
-from .methods import fits
+from .methods import PUBLISHED, fits
 
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Budgets as shares of the mean output of a cell's instances."""
@@ -31,11 +31,16 @@ class Plan:
     budgets: list[Cell]
     """Methods by budget, at the hardest trained depth."""
     depths: list[Cell]
-    """Methods by depth, at one share of the chain."""
+    """Published methods by depth, at one share of the chain."""
 
     @property
     def cells(self) -> list[Cell]:
         return list(dict.fromkeys([*self.budgets, *self.depths]))
+
+    @property
+    def decisive(self) -> list[Cell]:
+        """Where published methods are compared: the hardest trained depth at the share `AT`."""
+        return [c for c in self.budgets if c.method in PUBLISHED and c.share in (0.0, AT)]
 
 
 def mean_output(task: str, depth: int) -> float:
@@ -64,6 +69,7 @@ def make_plan(methods: Iterable[str], tasks: Sequence[str]) -> Plan:
         make_cell(method, task, depth, AT)
         for task in tasks
         for method in names
+        if method in PUBLISHED
         for depth in (*DEPTHS[task], *BEYOND[task])
     ]
     return Plan(_possible(budgets), _possible(depths))

@@ -32,6 +32,26 @@ def accuracy_table(results: Results, cells: Sequence[Cell], across: str) -> str:
     return table(rows)
 
 
+def difference_table(results: Results, cells: Sequence[Cell], base: str) -> str:
+    """Points that methods solve more than `base` does, on the same questions at equal budgets.
+
+    One row a method, one column a task and one for all; each with half of its 95% interval.
+    """
+    bases = {(cell.task, cell.share): cell for cell in cells if cell.method == base}
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    rows = [["", *tasks, "all", "questions"]]
+    for method in dict.fromkeys(cell.method for cell in cells):
+        pairs = [(c, bases.get((c.task, c.share))) for c in cells if c.method == method]
+        known = [(one, other) for one, other in pairs if other is not None]
+        if method == base or not known:
+            continue
+        by_task = [[pair for pair in known if pair[0].task == task] for task in tasks]
+        found = [results.compare(own) if own else None for own in (*by_task, known)]
+        shown = [f"{100 * d.middle:+.1f} ± {100 * d.half:.1f}" if d else "-" for d in found]
+        rows.append([method, *shown, str(found[-1].questions if found[-1] else 0)])
+    return table(rows)
+
+
 def agreement_table(agreements: Iterable[Agreement]) -> str:
     rows = [["cell", "instances", "server", "simulator", "alike", "rounds", "evicted"]]
     for one in agreements:

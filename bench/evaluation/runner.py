@@ -56,10 +56,12 @@ def run(
         for numbers in [list(results.missing(cell, range(count)))]
         for begin in range(0, len(numbers), TOGETHER)
     ]
+    if not work:
+        return
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
         jobs = pool.map(judge_all, *zip(*((subject, *job) for job in work), strict=True))
-        for (cell, numbers), outcomes in zip(work, jobs if work else [], strict=True):
+        for (cell, numbers), outcomes in zip(work, jobs, strict=True):
             for number, outcome in zip(numbers, outcomes, strict=True):
                 results.add(cell, number, outcome)
                 on_outcome(cell, outcome)

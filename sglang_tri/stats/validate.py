@@ -7,6 +7,7 @@ centres alone. The model runs in transformers, which knows nothing of this proje
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,14 +56,25 @@ def validate(
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     source = text.Source(text_path, "--text", "--validate")
     sequences = text.tokenize(source, tokenizer, tokens, tokens)
-    queries, keys = _captured(model_path, torch.tensor(sequences.ids))
+    return on_tokens(statistics, model_path, rope, sequences.ids[0])
+
+
+def on_tokens(
+    statistics: Statistics, model_path: str, rope: Rope, ids: Sequence[int]
+) -> Validation:
+    """The same for token ids, which the model reads as one sequence.
+
+    Raises:
+        KvPolicyError: the statistics are not this model's.
+    """
+    queries, keys = _captured(model_path, torch.tensor([list(ids)]))
     if statistics.shape != (len(queries), *queries[0].shape[0::2]):
         raise KvPolicyError(
             f"{statistics.path} has (layers, query heads, head size) {statistics.shape}, "
             f"--model-path {model_path} has {(len(queries), *queries[0].shape[0::2])}."
         )
     statistics.check_rope(rope)
-    distances = torch.arange(1, tokens // 2 + 1)
+    distances = torch.arange(1, len(ids) // 2 + 1)
     centres = torch.stack([_centre(k, rope) for k in keys])
     products = describe.centre_products(replace(statistics, k_mean=centres))
     predicted = describe.distance_curve(products, rope, distances)
