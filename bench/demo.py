@@ -5,7 +5,7 @@ two chats through the openai client, and prints what each needed and whether it 
 second question of a chat asks for values that the first answer's chain of thought came to. Fails
 unless slots were evicted, peak slots obey the bound, and the radix cache hit as in stock SGLang, in
 the second turn over the compressed first one. The model is the one that
-`bench/reference_model/weights` describes.
+`bench/reference_model/weights/concentrated` describes.
 """
 
 from __future__ import annotations

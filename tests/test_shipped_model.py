@@ -1,8 +1,9 @@
-"""The model that ships: what its card says, and that the server gets as far as the simulator."""
+"""The models that ship: what their cards say, and that the server gets as far as the simulator."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,36 +11,54 @@ from transformers import AutoModelForCausalLM
 
 from bench.evaluation.cells import Cell
 from bench.evaluation.methods import SERVED
+from bench.evaluation.reconstruction import correlations
 from bench.evaluation.runner import Subject
 from bench.evaluation.served import agreement
-from bench.reference_model import FOLDER
+from bench.reference_model import DIFFUSE, FOLDER
 from bench.reference_model.evaluate import accuracy
 from bench.reference_model.tasks import TASKS
 from sglang_tri import stats
 from sglang_tri.stats import describe
 from tests.conftest import Running
 
-CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
+MODELS = pytest.mark.parametrize("folder", [FOLDER, DIFFUSE], ids=lambda folder: folder.name)
 
 
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@MODELS
 @pytest.mark.parametrize("task", TASKS)
-def test_the_card_states_the_accuracy(task: str) -> None:
+def test_the_card_states_the_accuracy(folder: Path, task: str) -> None:
     """The first row of each task, over again."""
-    depth, instances, solved = re.findall(rf"^{task} +(\d+) +(\d+) +([\d.]+)%$", CARD, re.M)[0]
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    depth, instances, solved = re.findall(
+        rf"^{task} +(\d+) +(\d+) +([\d.]+)%$", card(folder), re.M
+    )[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = accuracy(model, task, int(depth), int(instances))
     # Another machine may break a near tie otherwise.
     assert 100 * found == pytest.approx(float(solved), abs=100 / int(instances))
 
 
-def test_the_card_states_the_concentration() -> None:
-    found = describe.concentration(stats.load(FOLDER / "stats.safetensors")).strongest
-    rows = re.findall(r"^(\d) +((?:[\d.]+ +)+)([\d.]+)$", CARD, re.M)
+@MODELS
+def test_the_card_states_the_concentration(folder: Path) -> None:
+    found = describe.concentration(stats.load(folder / "stats.safetensors")).strongest
+    rows = re.findall(r"^(\d) +((?:[\d.]+ +)+)([\d.]+)$", card(folder), re.M)
     assert len(rows) == len(found)
     for layer, heads, mean in rows:
         own = found[int(layer)]
         assert [float(head) for head in heads.split()] == pytest.approx(own.tolist(), abs=0.006)
         assert float(mean) == pytest.approx(own.mean().item(), abs=0.006)
+
+
+def test_logits_are_as_predicted_where_queries_are_concentrated() -> None:
+    """Pearson's r by head; the other model's queries scatter, and are predicted worse."""
+    concentrated, diffuse = (
+        correlations(Subject(folder, folder / "stats.safetensors")) for folder in (FOLDER, DIFFUSE)
+    )
+    assert concentrated.shape == diffuse.shape == (4, 4)
+    assert concentrated.mean() > 0.9 > diffuse.mean()
 
 
 @pytest.mark.parametrize("server", ["shipped"], indirect=True)

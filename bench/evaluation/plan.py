@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.reference_model.evaluate import instance
+from bench.reference_model.evaluate import IN_RANGE, instance
 from bench.reference_model.tokenizer import output_ids
 
 from .cells import Cell
@@ -15,8 +15,8 @@ from .methods import PUBLISHED, fits
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Budgets as shares of the mean output of a cell's instances."""
 INTERVAL = 16
-DEPTHS = {"tree": (5, 10, 15), "registers": (14, 27, 40), "variables": (20, 40, 60)}
-"""Depths that were trained, easy to hardest."""
+DEPTHS = {task: (last // 3, 2 * last // 3, last) for task, last in IN_RANGE.items()}
+"""Depths in range, easy to hardest."""
 BEYOND = {"tree": (18,), "registers": (48,), "variables": (72,)}
 """Deeper than any that was trained."""
 AT = 0.12
@@ -29,7 +29,7 @@ class Plan:
     """Cells of one study, by what they vary."""
 
     budgets: list[Cell]
-    """Methods by budget, at the hardest trained depth."""
+    """Methods by budget, at the hardest depth in range."""
     depths: list[Cell]
     """Published methods by depth, at one share of the chain."""
 
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def decisive(self) -> list[Cell]:
-        """Where published methods are compared: the hardest trained depth at the share `AT`."""
+        """Where published methods are compared: the hardest depth in range at the share `AT`."""
         return [c for c in self.budgets if c.method in PUBLISHED and c.share in (0.0, AT)]
 
 

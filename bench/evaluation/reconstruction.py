@@ -13,7 +13,7 @@ from .plan import DEPTHS
 from .runner import Subject
 
 _INSTANCES = 5
-"""Of each task at its hardest trained depth."""
+"""Of each task at its hardest depth in range."""
 
 
 def correlations(subject: Subject) -> torch.Tensor:

@@ -2,5 +2,8 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "weights"
+_WEIGHTS = Path(__file__).parent / "weights"
+FOLDER = _WEIGHTS / "concentrated"
 """The trained model, in the Hugging Face layout, with its query statistics."""
+DIFFUSE = _WEIGHTS / "diffuse"
+"""The one that it was trained on from, whose queries lie less close to their means."""
