@@ -51,8 +51,8 @@ def main() -> None:
         "--within",
         type=float,
         default=3.0,
-        help=f"points: more instances at a budget of {100 * AT:.0f}%% until intervals are no wider "
-        "than this to either side",
+        help=f"points: more instances at {100 * AT:.0f}%%, until intervals are no wider than this "
+        "to either side",
     )
     parser.add_argument("--server", type=int, default=0, help="instances to compare on a server")
     parser.add_argument("--processes", type=int, default=2)
@@ -84,14 +84,8 @@ def judge_all(subject: Subject, plan: Plan, args: argparse.Namespace) -> Results
     """Outcomes of all cells: those that are there, and those that are missing."""
     results = Results(folder(subject, args) / "outcomes.jsonl")
     fill(subject, results, [(cell, args.instances) for cell in plan.cells], args.processes)
-    half = args.within / 100
-    while work := [
-        (cell, wanted)
-        for cell in plan.decisive
-        for tally in [results.tally(cell)]
-        if (wanted := tally.instances_for(half)) > tally.instances
-    ]:
-        fill(subject, results, work, args.processes)
+    decisive = [(cell, results.instances_for(cell, args.within / 100)) for cell in plan.decisive]
+    fill(subject, results, decisive, args.processes)
     return results
 
 
@@ -117,25 +111,31 @@ def _methods(parser: argparse.ArgumentParser, asked: list[str]) -> list[str]:
 def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.Namespace) -> str:
     """One model's tables as text, with the server's if it is asked; its pictures to --out."""
     name = f"{subject.model.name}, R {concentration_of(subject):.2f}, {machine()}"
-    parts = [f"{name}; percent solved (95% interval), a round every {INTERVAL} tokens"]
+    parts = [
+        f"{name}; percent (95% interval), a round every {INTERVAL} tokens. Solved: all of the "
+        "output right. Progress: its share before the first wrong token, mean."
+    ]
     for task in args.tasks:
         for across, cells in (("share", plan.budgets), ("depth", plan.depths)):
             own = [cell for cell in cells if cell.task == task]
             fixed = f"depth {own[0].depth}" if across == "share" else f"budget {100 * AT:.0f}%"
-            parts += [f"{task}, {fixed}\n{report.accuracy_table(results, own, across)}"]
+            for what, shown in (("solved", report.percent), ("progress", report.far)):
+                found = report.accuracy_table(results, own, across, shown)
+                parts.append(f"{task}, {fixed}, {what}\n{found}")
     if any(cell.method == BASE for cell in plan.budgets):
         differences = report.difference_table(results, plan.budgets, BASE)
-        parts.append(f"points more than {BASE}, mean over budgets\n{differences}")
+        parts.append(f"progress, points more than {BASE}, mean over budgets\n{differences}")
     parts.append(f"mean logits by distance, predicted and actual\n{reconstruction_table(subject)}")
     if pictures.available():
         place = folder(subject, args)
         report.plot(results, plan.budgets, "share", f"By budget: {name}", place / "budget.png")
-        report.plot(results, plan.depths, "depth", f"By depth: {name}", place / "depth.png")
+        if plan.depths:
+            report.plot(results, plan.depths, "depth", f"By depth: {name}", place / "depth.png")
     if args.server:
         cells = [
             cell
             for cell in plan.budgets
-            if cell.method in SERVED and cell.share in (0.0, AT, max(SHARES))
+            if cell.method in SERVED and cell.share in (0.0, SHARES[2], AT)
         ]
         parts.append(report.agreement_table(compare(subject, cells, args.server)))
     return "\n\n".join(parts)
@@ -144,7 +144,7 @@ def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.
 def write_comparison(
     subjects: list[Subject], found: list[Results], plan: Plan, folder: Path
 ) -> str:
-    """Accuracy as a function of the models' R, as text and as a picture."""
+    """Progress as a function of the models' R, as text and as a picture."""
     models = {concentration_of(s): results for s, results in zip(subjects, found, strict=True)}
     if pictures.available():
         plot_by_concentration(models, plan.budgets, folder / "concentration.png")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.simulator import Candidates, Oracle, Request, make_policy
-from bench.simulator.baselines import H2O, RKV, Chance, SnapKV
+from bench.simulator.baselines import H2O, RKV, Chance, Foresight, SnapKV
 from bench.simulator.baselines.adakv import head_budgets
 from bench.simulator.baselines.rkv import redundancy
 from bench.simulator.decoder import attention
@@ -60,6 +60,27 @@ def pooled(row: list[float], kernel: int, join: object) -> list[float]:
 def logit(observed: Observed, layer: int, head: int, query: int, key: int) -> float:
     q, k = observed.queries[layer, head, query], observed.keys[layer, head // GROUP, key]
     return float(sum(a * b for a, b in zip(q.tolist(), k.tolist(), strict=True)) / DIM**0.5)
+
+
+def test_foresight(model: Path) -> None:
+    """Against the attention that transformers gives out; what is kept is what is needed later."""
+    oracle = Oracle(model)
+    policy = Foresight(16, 8, recent=4)
+    policy.look_ahead(oracle.decoder, TEXT)
+    theirs = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    weights = theirs(torch.tensor([TEXT]), output_attentions=True).attentions
+    most = torch.stack([layer[0].unflatten(0, (-1, 2)).amax(1) for layer in weights])
+    assert policy.paid is not None
+    assert torch.allclose(policy.paid, most, atol=1e-5)
+    positions = torch.arange(300, 324).expand(*most.shape[:2], -1)
+    keys = torch.zeros(*positions.shape, 4)
+    candidates = Candidates(keys, keys, positions, 324, 16, oracle.decoder.rope, None)
+    ranking = policy.rank(candidates)
+    later = most[:, :, 324:, 300:324].amax(2)
+    assert torch.allclose(ranking.scores, later.double(), atol=1e-5)
+    assert ranking.protected.nonzero().flatten().tolist() == [20, 21, 22, 23]
+    with pytest.raises(ValueError, match="look_ahead"):
+        Foresight(16, 8).rank(candidates)
 
 
 def test_snapkv(observed: Observed) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bench.evaluation.cells import Z95, Cell, Difference, Results, Tally
+from bench.evaluation.cells import Z95, Cell, Results, Tally, progress, solved
 from bench.evaluation.judge import Outcome, follow
 from bench.evaluation.methods import METHODS, RECENT, SETTINGS
 from bench.evaluation.plan import AT, make_plan
-from bench.evaluation.report import accuracy_table, difference_table
+from bench.evaluation.report import accuracy_table, difference_table, far, percent
 from bench.reference_model.batches import SEED_BITS
 from bench.reference_model.evaluate import HELD_OUT, instance
 from bench.reference_model.tasks import TASKS, chat, example
@@ -26,7 +26,7 @@ from bench.reference_model.tokenizer import (
 from bench.simulator import Oracle, Stats
 from bench.tiny_models import calibration_text, make_model, make_stats
 
-POLICIES = [name for name in METHODS if name not in SETTINGS]
+POLICIES = [name for name in METHODS if name not in {"foresight", *SETTINGS}]
 PROMPT = list(calibration_text(60, seed=5).encode())
 
 
@@ -188,10 +188,12 @@ def test_results_go_on(tmp_path: Path) -> None:
     assert again.outcomes == results.outcomes
     assert list(again.missing(cell, range(4))) == [1, 3]
     assert again.tally(cell) == Tally(1, 2, 1.5)
-    assert accuracy_table(again, [cell], "share").splitlines() == [
+    assert accuracy_table(again, [cell], "share", percent).splitlines() == [
         " " * 15 + "10% = 20",
         "random  50.0 (9.5-90.5)",
     ]
+    # 1 and 1/3: a mean of 2/3, of deviation sqrt(2) / 3.
+    assert accuracy_table(again, [cell], "share", far).splitlines()[1] == "random  66.7 ± 65.3"
 
 
 @pytest.mark.parametrize(
@@ -202,11 +204,13 @@ def test_wilson(solved: int, of: int, low: float, high: float) -> None:
     assert Tally(solved, of, 0.0).interval == pytest.approx((low, high), abs=1e-4)
 
 
-def test_intervals_say_how_many_instances_they_lack() -> None:
-    assert Tally(0, 100, 0.0).instances_for(0.03) == 100
-    wanted = Tally(50, 100, 0.0).instances_for(0.03)
+def test_intervals_say_how_many_instances_they_lack(tmp_path: Path) -> None:
+    results, cell = Results(tmp_path / "outcomes.jsonl"), Cell("random", "tree", 3, 0.1, 20, 16)
+    for number in range(100):
+        results.add(cell, number, Outcome(number < 50, 9 if number < 50 else 6, 9, 1))
+    wanted = results.instances_for(cell, 0.03)
     low, high = Tally(wanted // 2, wanted, 0.0).interval
-    assert high - low == pytest.approx(0.06, abs=2e-4)
+    assert high - low == pytest.approx(0.06, abs=5e-4)
 
 
 def test_methods_are_compared_on_the_same_questions(tmp_path: Path) -> None:
@@ -217,21 +221,23 @@ def test_methods_are_compared_on_the_same_questions(tmp_path: Path) -> None:
         for method in ("snapkv", "triattention")
         for share in (0.1, 0.2)
     }
-    solved = {
+    outcomes = {
         ("snapkv", 0.1): (True, True, False, True),
         ("snapkv", 0.2): (True, True, True, True),
         ("triattention", 0.1): (False, True, False),
         ("triattention", 0.2): (False, True, True),
     }
-    for place, outcomes in solved.items():
-        for number, right in enumerate(outcomes):
-            results.add(cells[place], number, Outcome(right, 5, 9, 1))
-    found = results.compare((cells["snapkv", s], cells["triattention", s]) for s in (0.1, 0.2))
+    for place, verdicts in outcomes.items():
+        for number, right in enumerate(verdicts):
+            results.add(cells[place], number, Outcome(right, 8 if right else 4, 8, 1))
+    pairs = [(cells["snapkv", share], cells["triattention", share]) for share in (0.1, 0.2)]
+    found = results.compare(pairs, solved)
     # Gains of 1, 0 and 0: deviation sqrt(1/3), of the mean a third.
-    assert found == Difference(pytest.approx(1 / 3), pytest.approx(Z95 / 3), 3)
+    assert (found.middle, found.half) == pytest.approx((1 / 3, Z95 / 3))
+    assert results.compare(pairs, progress).middle == pytest.approx(1 / 6)
     assert difference_table(results, list(cells.values()), "triattention").splitlines() == [
         "                tree           all  questions",
-        "snapkv  +33.3 ± 65.3  +33.3 ± 65.3          3",
+        "snapkv  +16.7 ± 32.7  +16.7 ± 32.7          3",
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -47,27 +47,38 @@ class Tally:
         half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return max(0.0, centre - half), min(1.0, centre + half)
 
-    def instances_for(self, half: float) -> int:
-        """Instances with which the interval is at most twice `half`, if the accuracy stays."""
-        share = self.accuracy
-        wanted = math.ceil(Z95 * Z95 * share * (1 - share) / (half * half))
-        low, high = self.interval
-        return self.instances if high - low <= 2 * half else max(wanted, self.instances + 8)
-
 
 @dataclass(frozen=True)
-class Difference:
-    """How much better one method is than another on the same questions.
-
-    Attributes:
-        middle: accuracy of the one less that of the other.
-        half: half of its 95% interval.
-        questions: how many both have judged.
-    """
+class Mean:
+    """Of a quantity over questions; `deviation` is theirs, `half` half of the 95% interval."""
 
     middle: float
-    half: float
+    deviation: float
     questions: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        return cls(mean(values), stdev(values), len(values))
+
+    @property
+    def half(self) -> float:
+        return Z95 * self.deviation / math.sqrt(self.questions)
+
+    def questions_for(self, half: float) -> int:
+        """With how many the interval is that narrow, if the deviation stays."""
+        return math.ceil((Z95 * self.deviation / half) ** 2)
+
+
+Measure = Callable[[Outcome], float]
+"""What is compared of outcomes."""
+
+
+def progress(outcome: Outcome) -> float:
+    return outcome.progress
+
+
+def solved(outcome: Outcome) -> float:
+    return float(outcome.solved)
 
 
 class Results:
@@ -93,20 +104,26 @@ class Results:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
 
-    def compare(self, pairs: Iterable[tuple[Cell, Cell]]) -> Difference:
-        """One method's cells with another's; a question at several budgets counts once."""
-        gains: dict[tuple[str, int, int], list[int]] = {}
+    def instances_for(self, cell: Cell, half: float) -> int:
+        """Instances with which intervals are no wider than `half` to either side, as it looks."""
+        found = (self.mean(cell, measure) for measure in (solved, progress))
+        return max(one.questions_for(half) for one in found)
+
+    def mean(self, cell: Cell, measure: Measure) -> Mean:
+        return Mean.of([measure(outcome) for outcome in self.outcomes[cell].values()])
+
+    def compare(self, pairs: Iterable[tuple[Cell, Cell]], measure: Measure) -> Mean:
+        """One method's cells less another's; a question at several budgets counts once."""
+        gains: dict[tuple[str, int, int], list[float]] = {}
         for one, other in pairs:
             theirs = self.outcomes[other]
             for number, own in self.outcomes[one].items():
                 if number in theirs:
-                    gain = own.solved - theirs[number].solved
+                    gain = measure(own) - measure(theirs[number])
                     gains.setdefault((one.task, one.depth, number), []).append(gain)
-        means = [mean(own) for own in gains.values()]
-        return Difference(mean(means), Z95 * stdev(means) / math.sqrt(len(means)), len(means))
+        return Mean.of([mean(own) for own in gains.values()])
 
     def tally(self, cell: Cell) -> Tally:
         outcomes = self.outcomes[cell].values()
-        solved = sum(outcome.solved for outcome in outcomes)
         rounds = sum(outcome.rounds for outcome in outcomes) / len(outcomes)
-        return Tally(solved, len(outcomes), rounds)
+        return Tally(sum(outcome.solved for outcome in outcomes), len(outcomes), rounds)

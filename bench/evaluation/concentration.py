@@ -8,8 +8,8 @@ from pathlib import Path
 from bench.table import table
 from sglang_tri.stats import describe, files
 
-from .cells import Cell, Results
-from .report import percent
+from .cells import Cell, Results, progress
+from .report import far
 from .runner import Subject
 
 
@@ -23,7 +23,7 @@ def table_by_concentration(models: Mapping[float, Results], cells: Sequence[Cell
     ordered = sorted(models)
     rows = [["task", "budget", "method", *(f"R {r:.2f}" for r in ordered)]]
     for cell in sorted(cells, key=lambda cell: (cell.task, cell.share)):
-        own = [percent(models[r], cell) for r in ordered]
+        own = [far(models[r], cell) for r in ordered]
         rows.append([cell.task, f"{100 * cell.share:.0f}%", cell.method, *own])
     return table(rows)
 
@@ -51,10 +51,8 @@ def plot_by_concentration(
 
 def _line(axes: object, models: Mapping[float, Results], cell: Cell) -> None:
     ordered = sorted(models)
-    tallies = [models[r].tally(cell) for r in ordered]
-    middle = [tally.accuracy for tally in tallies]
-    below = [tally.accuracy - tally.interval[0] for tally in tallies]
-    above = [tally.interval[1] - tally.accuracy for tally in tallies]
+    found = [models[r].mean(cell, progress) for r in ordered]
+    middle, half = [one.middle for one in found], [one.half for one in found]
     axes.errorbar(  # type: ignore[attr-defined]
-        ordered, middle, [below, above], marker="o", capsize=2, label=cell.method
+        ordered, middle, half, marker="o", capsize=2, label=cell.method
     )

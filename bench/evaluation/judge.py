@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bench.reference_model.tasks import Example
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.simulator import Oracle, Request
+from bench.simulator.baselines import Foresight
 from bench.simulator.history import History
 from bench.simulator.policies import Policy
 from bench.simulator.request import Ledger
@@ -23,6 +24,11 @@ class Outcome:
     """Tokens of the right output."""
     rounds: int
 
+    @property
+    def progress(self) -> float:
+        """Share of the output before the first wrong token."""
+        return self.correct / self.length
+
 
 def judge(oracle: Oracle, policy: Policy, question: Example) -> Outcome:
     """Whether the greedy answer to a question is the right one, chain and all."""
@@ -35,6 +41,8 @@ def follow(oracle: Oracle, policy: Policy, prompt: list[int], expected: list[int
     Greedy decoding gives the expected output if and only if its next token is the most probable at
     every step: they are fed, in chunks that end where a round is held, up to the first that is not.
     """
+    if isinstance(policy, Foresight):
+        policy.look_ahead(oracle.decoder, [*prompt, *expected])
     ledger = Ledger(policy, oracle.stats, None, 0.0)
     history = History(oracle.decoder.new_cache())
     request = Request(oracle.decoder, history, 1, ledger, prompt)

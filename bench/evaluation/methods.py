@@ -40,6 +40,7 @@ PUBLISHED: dict[str, Method] = {
     "h2o": _named("h2o"),
     "streaming": _named("streaming", recent=RECENT),
     "random": _named("random", recent=RECENT),
+    "foresight": _named("foresight", recent=RECENT),
 }
 
 ABLATIONS: dict[str, Method] = {

@@ -19,7 +19,7 @@ DEPTHS = {task: (last // 3, 2 * last // 3, last) for task, last in IN_RANGE.item
 """Depths in range, easy to hardest."""
 BEYOND = {"tree": (18,), "registers": (48,), "variables": (72,)}
 """Deeper than any that was trained."""
-AT = 0.12
+AT = 0.5
 """Share of the chain at which depths are compared."""
 _SAMPLE = 20
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.table import table
 
-from .cells import Cell, Results
+from .cells import Cell, Measure, Results, progress, solved
 from .served import Agreement
+
+Shown = Callable[[Results, Cell | None], str]
+"""How a cell is written."""
+
+
+MEASURES: dict[str, Measure] = {"solved": solved, "progress": progress}
 
 
 def percent(results: Results, cell: Cell | None) -> str:
@@ -20,7 +27,15 @@ def percent(results: Results, cell: Cell | None) -> str:
     return f"{100 * tally.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def accuracy_table(results: Results, cells: Sequence[Cell], across: str) -> str:
+def far(results: Results, cell: Cell | None) -> str:
+    """Mean progress and half of its 95% interval in percent, e.g. `87.3 ± 2.4`."""
+    if cell is None or cell not in results.outcomes:
+        return "-"
+    found = results.mean(cell, progress)
+    return f"{100 * found.middle:.1f} ± {100 * found.half:.1f}"
+
+
+def accuracy_table(results: Results, cells: Sequence[Cell], across: str, shown: Shown) -> str:
     """Methods down, `across` ("share" or "depth") to the right; full attention has no share."""
     columns = sorted({getattr(cell, across) for cell in cells if cell.share})
     by_place = {(cell.method, getattr(cell, across)): cell for cell in cells}
@@ -28,14 +43,15 @@ def accuracy_table(results: Results, cells: Sequence[Cell], across: str) -> str:
     rows = [["", *(titles[c] if across == "share" else str(c) for c in columns)]]
     for method in dict.fromkeys(cell.method for cell in cells):
         own = [by_place.get((method, column)) or by_place.get((method, 0.0)) for column in columns]
-        rows.append([method, *(percent(results, cell) for cell in own)])
+        rows.append([method, *(shown(results, cell) for cell in own)])
     return table(rows)
 
 
 def difference_table(results: Results, cells: Sequence[Cell], base: str) -> str:
-    """Points that methods solve more than `base` does, on the same questions at equal budgets.
+    """By how many points of progress methods are ahead of `base`, on the same questions.
 
-    One row a method, one column a task and one for all; each with half of its 95% interval.
+    Over all budgets that both have. One row a method, one column a task and one for all; each with
+    half of its 95% interval.
     """
     bases = {(cell.task, cell.share): cell for cell in cells if cell.method == base}
     tasks = list(dict.fromkeys(cell.task for cell in cells))
@@ -46,7 +62,7 @@ def difference_table(results: Results, cells: Sequence[Cell], base: str) -> str:
         if method == base or not known:
             continue
         by_task = [[pair for pair in known if pair[0].task == task] for task in tasks]
-        found = [results.compare(own) if own else None for own in (*by_task, known)]
+        found = [results.compare(own, progress) if own else None for own in (*by_task, known)]
         shown = [f"{100 * d.middle:+.1f} ± {100 * d.half:.1f}" if d else "-" for d in found]
         rows.append([method, *shown, str(found[-1].questions if found[-1] else 0)])
     return table(rows)
@@ -63,29 +79,37 @@ def agreement_table(agreements: Iterable[Agreement]) -> str:
 
 
 def plot(results: Results, cells: Sequence[Cell], across: str, title: str, path: Path) -> None:
-    """Accuracy against `across`, "share" or "depth": one panel a task, one line a method."""
+    """Both measures against `across`, "share" or "depth": a column a task, a line a method."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    figure = Figure(figsize=(5 * len(tasks), 4.5), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for method in dict.fromkeys(cell.method for cell in cells):
-            own = [cell for cell in cells if (cell.task, cell.method) == (task, method)]
-            own.sort(key=lambda cell: getattr(cell, across))
-            tallies = [results.tally(cell) for cell in own]
-            middle = [tally.accuracy for tally in tallies]
-            below = [m - tally.interval[0] for m, tally in zip(middle, tallies, strict=True)]
-            above = [tally.interval[1] - m for m, tally in zip(middle, tallies, strict=True)]
-            if across == "share" and own and own[0].share == 0:
-                axes.axhline(middle[0], color="black", linestyle=":", label=method)
-                continue
-            places = [getattr(cell, across) for cell in own]
-            axes.errorbar(places, middle, [below, above], marker="o", capsize=2, label=method)
-        axes.set(title=task, ylim=(-0.02, 1.02))
+    figure = Figure(figsize=(5 * len(tasks), 8), layout="constrained")
+    panels = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
+    for row, (name, measure) in zip(panels, MEASURES.items(), strict=True):
+        for axes, task in zip(row, tasks, strict=True):
+            for method in dict.fromkeys(cell.method for cell in cells):
+                own = [cell for cell in cells if (cell.task, cell.method) == (task, method)]
+                _line(axes, results, own, across, measure)
+            axes.set(title=task, ylim=(-0.02, 1.02))
+        row[0].set_ylabel(name)
+    for axes in panels[-1]:
         axes.set_xlabel("budget, share of the chain" if across == "share" else "depth")
         if across == "share":
             axes.set_xscale("log")
-    figure.axes[0].set_ylabel("solved")
-    figure.axes[0].legend()
+    panels[0][0].legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
+
+
+def _line(
+    axes: Any, results: Results, cells: Sequence[Cell], across: str, measure: Measure
+) -> None:
+    """One method's line, or a level where it has no budget."""
+    found = {getattr(cell, across): results.mean(cell, measure) for cell in cells}
+    if across == "share" and 0.0 in found:
+        axes.axhline(found[0.0].middle, color="black", linestyle=":", label=cells[0].method)
+        return
+    places = sorted(found)
+    middle, half = ([getattr(found[p], what) for p in places] for what in ("middle", "half"))
+    label = cells[0].method if cells else None
+    axes.errorbar(places, middle, half, marker="o", capsize=2, label=label)

@@ -2,8 +2,9 @@
 
 from .adakv import AdaKV
 from .chance import Chance
+from .foresight import Foresight
 from .h2o import H2O
 from .rkv import RKV
 from .snapkv import SnapKV
 
-__all__ = ["H2O", "RKV", "AdaKV", "Chance", "SnapKV"]
+__all__ = ["H2O", "RKV", "AdaKV", "Chance", "Foresight", "SnapKV"]

@@ -1,0 +1,60 @@
+"""Foresight: what future queries will in truth attend to. No policy can know it; a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..cache import LayerCache
+from ..decoder import Decoder
+from ..policies import Candidates, Policy, Ranking, newest
+
+
+class Foresight(Policy):
+    """Each layer and KV head keeps the tokens that some later query will attend to most.
+
+    Attention is that of a run without eviction, over the very tokens that are to come:
+    `look_ahead` must have seen them. Where this fails, a budget is too small for any choice.
+    """
+
+    def __init__(self, budget: int, interval: int, recent: int = 16) -> None:
+        super().__init__(budget, interval, recent)
+        if not 0 <= recent <= budget:
+            raise ValueError(f"{recent} recent tokens in a budget of {budget}")
+        self.paid: torch.Tensor | None = None
+
+    def look_ahead(self, decoder: Decoder, ids: Sequence[int]) -> None:
+        """Read a whole request, prompt and output, before its first round."""
+        self.paid = attention_paid(decoder, ids)
+
+    def rank(self, candidates: Candidates) -> Ranking:
+        """Raises ValueError where nothing was looked at."""
+        if self.paid is None:
+            raise ValueError("foresight needs the request's tokens: look_ahead")
+        most = self.paid[:, :, candidates.length :].amax(dim=2).to(torch.float64)
+        return Ranking(most.gather(2, candidates.positions), newest(candidates, self.recent))
+
+
+def attention_paid(decoder: Decoder, ids: Sequence[int]) -> torch.Tensor:
+    """Without eviction, the most that a group's heads pay: [layers, kv heads, query n, key n]."""
+    empty = [vars(layer) for layer in decoder.new_cache()]
+    cache = [_Watched(**layer) for layer in empty]
+    decoder.feed(list(ids), 0, list(cache))
+    return torch.stack([layer.paid(len(ids)) for layer in cache])
+
+
+@dataclass
+class _Watched(LayerCache):
+    """Remembers all weights."""
+
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def observe(self, queries: torch.Tensor, weights: torch.Tensor) -> None:
+        super().observe(queries, weights)
+        self.seen.append(weights.amax(dim=1))
+
+    def paid(self, tokens: int) -> torch.Tensor:
+        wide = [torch.nn.functional.pad(part, (0, tokens - part.shape[-1])) for part in self.seen]
+        return torch.cat(wide, dim=1)
