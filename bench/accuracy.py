@@ -21,6 +21,7 @@ from bench.evaluation.concentration import (
 )
 from bench.evaluation.methods import ABLATIONS, IMPROVEMENTS, METHODS, PUBLISHED, SERVED, SETTINGS
 from bench.evaluation.plan import AT, DEPTHS, INTERVAL, SHARES, Plan, make_plan
+from bench.evaluation.recall import KEPT, READ, recall_table
 from bench.evaluation.reconstruction import reconstruction_table
 from bench.evaluation.runner import Subject, run
 from bench.evaluation.served import compare
@@ -125,6 +126,11 @@ def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.
     if any(cell.method == BASE for cell in plan.budgets):
         differences = report.difference_table(results, plan.budgets, BASE)
         parts.append(f"progress, points more than {BASE}, mean over budgets\n{differences}")
+    judged = [name for name in plan.methods if name not in ("full", "foresight", *SETTINGS)]
+    if judged:
+        share = f"keeping {100 * KEPT:.0f}% at {100 * READ:.0f}% of the output"
+        kept = recall_table(subject, judged)
+        parts.append(f"attention yet to be paid to what is kept, of foresight's, {share}\n{kept}")
     parts.append(f"mean logits by distance, predicted and actual\n{reconstruction_table(subject)}")
     if pictures.available():
         place = folder(subject, args)

@@ -38,6 +38,10 @@ class Plan:
         return list(dict.fromkeys([*self.budgets, *self.depths]))
 
     @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(cell.method for cell in self.cells))
+
+    @property
     def decisive(self) -> list[Cell]:
         """Where published methods are compared: the hardest depth in range at the share `AT`."""
         return [c for c in self.budgets if c.method in PUBLISHED and c.share in (0.0, AT)]

@@ -146,7 +146,15 @@ class Request:
     def evict(self, step: int) -> None:
         """Hold the round that precedes decode step `step`."""
         cache = self.history.cache
-        candidates = Candidates(
+        index = self.ledger.decide(step, self.candidates())
+        shared = index.expand(len(cache), self.decoder.kv_heads, -1)
+        self.history.keep(self.start, self.begin, shared)
+        self.due = self.limit + index.shape[-1] - self.keep
+
+    def candidates(self) -> Candidates:
+        """What a round would choose from now."""
+        cache = self.history.cache
+        return Candidates(
             keys=torch.stack([kv.keys[:, self.start :] for kv in cache]),
             values=torch.stack([kv.values[:, self.start :] for kv in cache]),
             positions=torch.stack([kv.positions[:, self.start :] for kv in cache]),
@@ -156,10 +164,6 @@ class Request:
             stats=self.ledger.stats,
             observed=self.observed() if self.ledger.policy.live else None,
         )
-        index = self.ledger.decide(step, candidates)
-        shared = index.expand(len(cache), self.decoder.kv_heads, -1)
-        self.history.keep(self.start, self.begin, shared)
-        self.due = self.limit + index.shape[-1] - self.keep
 
     def observed(self) -> Observed:
         """What policies with live queries see now."""
