@@ -12,7 +12,7 @@ from sglang_tri.stats import describe, files, model_rope, validate
 from .plan import DEPTHS
 from .runner import Subject
 
-_INSTANCES = 5
+INSTANCES = 5
 """Of each task at its hardest depth in range."""
 
 
@@ -22,7 +22,7 @@ def correlations(subject: Subject) -> torch.Tensor:
     rope = model_rope.of_model(str(subject.model), statistics.interleaved)
     found = []
     for task, depths in DEPTHS.items():
-        for number in range(_INSTANCES):
+        for number in range(INSTANCES):
             made = instance(task, depths[-1], number)
             ids = prompt_ids(made.question) + output_ids(made)
             found.append(validate.on_tokens(statistics, str(subject.model), rope, ids).r)
