@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.evaluation.cells import Cell
 from bench.evaluation.methods import SERVED
-from bench.evaluation.recall import recall
+from bench.evaluation.recall import look_ups, recall
 from bench.evaluation.reconstruction import correlations
 from bench.evaluation.runner import Subject, load
 from bench.evaluation.served import agreement
@@ -72,6 +72,10 @@ def test_chance_keeps_less_of_what_will_be_needed() -> None:
         recall(load(subject), prompt, output, name).mean() for name in ("streaming", "random")
     )
     assert 0.2 < random < streaming < 0.8
+    where = look_ups(load(subject), prompt, output)
+    assert where.shape == (4, 2)
+    assert where.argmax() == 5  # KV head 1 of layer 2.
+    assert where[2, 1] > 5 * where.flatten().sort().values[-2]
 
 
 @pytest.mark.parametrize("server", ["shipped"], indirect=True)

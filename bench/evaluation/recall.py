@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 
 from bench.reference_model.evaluate import instance
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.simulator import Oracle, Request
-from bench.simulator.baselines import Foresight
+from bench.simulator.baselines.foresight import Foresight, attention_paid
 from bench.simulator.history import History
 from bench.simulator.policies import Candidates, Policy
 from bench.simulator.request import Ledger
@@ -23,13 +24,15 @@ from .runner import Subject, load
 
 READ, KEPT = 0.75, 0.25
 """Shares of the output that has been read, and of that which is kept."""
+FAR = 24
+"""Tokens back, from where on attention is a look-up."""
 INSTANCES = 10
 """Of each task at its hardest depth in range."""
 
 
 def recall(oracle: Oracle, prompt: list[int], output: list[int], method: str) -> torch.Tensor:
     """Attention that tokens will be paid at most, summed over those that a method keeps, relative
-    to those that foresight keeps; without the latest tokens. float64 [layers].
+    to those that foresight keeps; without the latest tokens. float64 [layers, kv heads].
     """
     read = output[: round(READ * len(output))]
     keep = round(KEPT * len(read))
@@ -43,7 +46,18 @@ def recall(oracle: Oracle, prompt: list[int], output: list[int], method: str) ->
     candidates = replace(request.candidates(), keep=keep)
     ours, best = (kept(p, candidates)[..., :-RECENT] for p in (policy, foresight))
     paid = foresight.rank(candidates).scores[..., :-RECENT]
-    return (paid * ours).sum((1, 2)) / (paid * best).sum((1, 2))
+    return (paid * ours).sum(2) / (paid * best).sum(2)
+
+
+def look_ups(oracle: Oracle, prompt: list[int], output: list[int]) -> torch.Tensor:
+    """Share of the output that pays most of its attention to one token of the output, FAR back.
+
+    float32 [layers, kv heads].
+    """
+    paid = attention_paid(oracle.decoder, [*prompt, *output])
+    place = torch.arange(paid.shape[-1])
+    far = (place >= len(prompt)) & (place <= place[:, None] - FAR)
+    return ((paid * far).amax(3)[:, :, len(prompt) :] > 0.5).float().mean(2)
 
 
 def kept(policy: Policy, candidates: Candidates) -> torch.Tensor:
@@ -56,7 +70,7 @@ def kept(policy: Policy, candidates: Candidates) -> torch.Tensor:
 
 
 def recalls(subject: Subject, methods: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Means over held-out instances of all tasks: float [layers] each."""
+    """Look-ups and each method's recall, means over held-out instances of all tasks."""
     oracle = load(subject)
     questions = [
         instance(task, depths[-1], number)
@@ -64,15 +78,17 @@ def recalls(subject: Subject, methods: Iterable[str]) -> dict[str, torch.Tensor]
         for number in range(INSTANCES)
     ]
     pairs = [(prompt_ids(made.question), output_ids(made)) for made in questions]
-    return {
-        method: torch.stack([recall(oracle, *pair, method) for pair in pairs]).mean(0)
-        for method in methods
-    }
+    found = {"look-ups": torch.stack([look_ups(oracle, *pair) for pair in pairs]).mean(0)}
+    for method in methods:
+        found[method] = torch.stack([recall(oracle, *pair, method) for pair in pairs]).mean(0)
+    return found
 
 
 def recall_table(subject: Subject, methods: Sequence[str]) -> str:
-    """One row a method, one column a layer."""
-    rows = [["", *(f"layer {layer}" for layer in range(load(subject).decoder.layers))]]
+    """One row a method, one column a layer and KV head."""
+    decoder = load(subject).decoder
+    heads = product(range(decoder.layers), range(decoder.kv_heads))
+    rows = [["layer.head", *(f"{layer}.{head}" for layer, head in heads)]]
     for method, shares in recalls(subject, methods).items():
-        rows.append([method, *(f"{100 * share:.0f}%" for share in shares.tolist())])
+        rows.append([method, *(f"{100 * share:.0f}%" for share in shares.flatten().tolist())])
     return table(rows)
