@@ -19,7 +19,16 @@ from bench.evaluation.concentration import (
     plot_by_concentration,
     table_by_concentration,
 )
-from bench.evaluation.methods import ABLATIONS, IMPROVEMENTS, METHODS, PUBLISHED, SERVED, SETTINGS
+from bench.evaluation.methods import (
+    ABLATIONS,
+    DIAGNOSES,
+    IMPROVEMENTS,
+    LOOK_AHEAD,
+    METHODS,
+    PUBLISHED,
+    SERVED,
+    SETTINGS,
+)
 from bench.evaluation.plan import AT, DEPTHS, INTERVAL, SHARES, Plan, make_plan
 from bench.evaluation.recall import KEPT, READ, recall_table
 from bench.evaluation.reconstruction import reconstruction_table
@@ -33,6 +42,7 @@ GROUPS = {
     "ablations": ABLATIONS,
     "settings": SETTINGS,
     "improvements": IMPROVEMENTS,
+    "diagnoses": DIAGNOSES,
 }
 
 
@@ -123,10 +133,12 @@ def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.
             for what, shown in (("solved", report.percent), ("progress", report.far)):
                 found = report.accuracy_table(results, own, across, shown)
                 parts.append(f"{task}, {fixed}, {what}\n{found}")
+    overall = report.overall_table(results, plan.budgets)
+    parts.append(f"all tasks, hardest depth in range, mean progress\n{overall}")
     if any(cell.method == BASE for cell in plan.budgets):
         differences = report.difference_table(results, plan.budgets, BASE)
         parts.append(f"progress, points more than {BASE}, mean over budgets\n{differences}")
-    judged = [name for name in plan.methods if name not in ("full", "foresight", *SETTINGS)]
+    judged = [name for name in plan.methods if name not in ("full", *LOOK_AHEAD, *SETTINGS)]
     if judged:
         share = f"keeping {100 * KEPT:.0f}% at {100 * READ:.0f}% of the output"
         kept = recall_table(subject, judged)

@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.simulator import Candidates, Oracle, Request, make_policy
-from bench.simulator.baselines import H2O, RKV, Chance, Foresight, SnapKV
+from bench.simulator.baselines import H2O, RKV, Chance, Foresight, SnapKV, Spliced
 from bench.simulator.baselines.adakv import head_budgets
 from bench.simulator.baselines.rkv import redundancy
 from bench.simulator.decoder import attention
 from bench.simulator.history import History
 from bench.simulator.observed import Observed
 from bench.simulator.request import Ledger
-from bench.tiny_models import calibration_text, make_model
+from bench.tiny_models import calibration_text, make_model, make_stats
 
 LAYERS, KV_HEADS, GROUP, DIM = 2, 2, 3, 8
 START, N = 5, 23
@@ -81,6 +81,24 @@ def test_foresight(model: Path) -> None:
     assert ranking.protected.nonzero().flatten().tolist() == [20, 21, 22, 23]
     with pytest.raises(ValueError, match="look_ahead"):
         Foresight(16, 8).rank(candidates)
+
+
+@pytest.mark.parametrize("but", [False, True])
+def test_foresight_in_some_heads(model: Path, tmp_path: Path, but: bool) -> None:
+    oracle = Oracle(model, make_stats(model, tmp_path / "stats.pt", tokens=256))
+    decoder, stats = oracle.decoder, oracle.stats
+    keys = torch.randn(decoder.layers, decoder.kv_heads, 24, decoder.head_dim)
+    positions = torch.arange(300, 324).expand(*keys.shape[:2], -1)
+    candidates = Candidates(keys, keys, positions, 324, 16, decoder.rope, stats)
+    policy, foresight = Spliced(16, 8, 4, [(1, 0)], but), Foresight(16, 8, 4)
+    for one in (policy, foresight):
+        one.look_ahead(decoder, TEXT)
+    score = make_policy("triattention", 16, 8, recent=4, mode="per-layer-per-head")
+    found, known, scored = (one.rank(candidates).scores for one in (policy, foresight, score))
+    here, elsewhere = (scored, known) if but else (known, scored)
+    assert torch.equal(found[1, 0], here[1, 0])
+    assert torch.equal(found[0], elsewhere[0])
+    assert torch.equal(found[1, 1:], elsewhere[1, 1:])
 
 
 def test_snapkv(observed: Observed) -> None:

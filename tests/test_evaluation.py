@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from bench.evaluation.cells import Z95, Cell, Results, Tally, progress, solved
 from bench.evaluation.judge import Outcome, follow
-from bench.evaluation.methods import METHODS, RECENT, SETTINGS
+from bench.evaluation.methods import LOOK_AHEAD, METHODS, RECENT, SETTINGS
 from bench.evaluation.plan import AT, make_plan
-from bench.evaluation.report import accuracy_table, difference_table, far, percent
+from bench.evaluation.report import accuracy_table, difference_table, far, overall_table, percent
 from bench.reference_model.batches import SEED_BITS
 from bench.reference_model.evaluate import HELD_OUT, instance
 from bench.reference_model.tasks import TASKS, chat, example
@@ -26,7 +26,7 @@ from bench.reference_model.tokenizer import (
 from bench.simulator import Oracle, Stats
 from bench.tiny_models import calibration_text, make_model, make_stats
 
-POLICIES = [name for name in METHODS if name not in {"foresight", *SETTINGS}]
+POLICIES = [name for name in METHODS if name not in {*LOOK_AHEAD, *SETTINGS}]
 PROMPT = list(calibration_text(60, seed=5).encode())
 
 
@@ -238,6 +238,23 @@ def test_methods_are_compared_on_the_same_questions(tmp_path: Path) -> None:
     assert difference_table(results, list(cells.values()), "triattention").splitlines() == [
         "                tree           all  questions",
         "snapkv  +16.7 ± 32.7  +16.7 ± 32.7          3",
+    ]
+
+
+def test_means_over_tasks(tmp_path: Path) -> None:
+    """By hand: 1/2 and 1 on one task, 0 and 1/2 on the other; two tasks, or no figure."""
+    results = Results(tmp_path / "outcomes.jsonl")
+    cells = [Cell("random", task, 3, 0.1, 20, 16) for task in ("tree", "registers")]
+    for cell, right in zip(cells, ((2, 4), (0, 2)), strict=True):
+        for number, correct in enumerate(right):
+            results.add(cell, number, Outcome(correct == 4, correct, 4, 1))
+    alone = Cell("random", "tree", 3, 0.2, 40, 16)
+    for number in range(2):
+        results.add(alone, number, Outcome(True, 4, 4, 1))
+    half = 100 * Z95 * (0.125 / 2 + 0.125 / 2) ** 0.5 / 2
+    assert overall_table(results, [*cells, alone]).splitlines() == [
+        "                10%  20%",
+        f"random  50.0 ± {half:.1f}    -",
     ]
 
 

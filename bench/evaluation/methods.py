@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bench.simulator.baselines import Spliced
 from bench.simulator.policies import Policy
 from bench.simulator.registry import make_policy
 from bench.simulator.variants import ByConcentration, Terms, Variant
@@ -66,7 +67,23 @@ IMPROVEMENTS: dict[str, Method] = {
     "budgets by R": lambda budget, interval: ByConcentration(budget, interval, recent=RECENT),
 }
 
-METHODS: dict[str, Method] = PUBLISHED | ABLATIONS | SETTINGS | IMPROVEMENTS
+LOOKING_UP = ((2, 1),)
+"""Layer and KV head of the models that ship: see `recall.look_ups`."""
+
+
+def _spliced(but: bool) -> Method:
+    return lambda budget, interval: Spliced(budget, interval, RECENT, LOOKING_UP, but)
+
+
+DIAGNOSES: dict[str, Method] = {
+    "foresight where it looks up": _spliced(but=False),
+    "foresight elsewhere": _spliced(but=True),
+}
+"""TriAttention, each layer and head for itself, in all other heads."""
+
+METHODS: dict[str, Method] = PUBLISHED | ABLATIONS | SETTINGS | IMPROVEMENTS | DIAGNOSES
+LOOK_AHEAD = ("foresight", *DIAGNOSES)
+"""Those that know what is to come, and so cannot decode."""
 
 
 def fits(method: str, budget: int, interval: int) -> bool:

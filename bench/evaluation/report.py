@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from bench.table import table
 
-from .cells import Cell, Measure, Results, progress, solved
+from .cells import Cell, Mean, Measure, Results, progress, solved
 from .served import Agreement
 
 Shown = Callable[[Results, Cell | None], str]
@@ -45,6 +47,27 @@ def accuracy_table(results: Results, cells: Sequence[Cell], across: str, shown: 
         own = [by_place.get((method, column)) or by_place.get((method, 0.0)) for column in columns]
         rows.append([method, *(shown(results, cell) for cell in own)])
     return table(rows)
+
+
+def overall_table(results: Results, cells: Sequence[Cell]) -> str:
+    """Progress as a mean over tasks, methods down, budgets to the right."""
+    shares = sorted({cell.share for cell in cells if cell.share})
+    tasks = {cell.task for cell in cells}
+    rows = [["", *(f"{100 * share:.0f}%" for share in shares)]]
+    for method in dict.fromkeys(cell.method for cell in cells):
+        own = [cell for cell in cells if cell.method == method]
+        rows.append([method])
+        for share in shares:
+            found = [results.mean(c, progress) for c in own if c.share in (0.0, share)]
+            # Not all tasks have a budget that is large enough for every method.
+            rows[-1].append(_over_tasks(found) if len(found) == len(tasks) else "-")
+    return table(rows)
+
+
+def _over_tasks(found: Sequence[Mean]) -> str:
+    middle = mean(one.middle for one in found)
+    half = math.sqrt(sum(one.half**2 for one in found)) / len(found)
+    return f"{100 * middle:.1f} ± {100 * half:.1f}"
 
 
 def difference_table(results: Results, cells: Sequence[Cell], base: str) -> str:

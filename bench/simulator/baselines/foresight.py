@@ -9,7 +9,7 @@ import torch
 
 from ..cache import LayerCache
 from ..decoder import Decoder
-from ..policies import Candidates, Policy, Ranking, newest
+from ..policies import Candidates, Policy, Ranking, TriAttention, newest
 
 
 class Foresight(Policy):
@@ -35,6 +35,34 @@ class Foresight(Policy):
             raise ValueError("foresight needs the request's tokens: look_ahead")
         most = self.paid[:, :, candidates.length :].amax(dim=2).to(torch.float64)
         return Ranking(most.gather(2, candidates.positions), newest(candidates, self.recent))
+
+
+class Spliced(Foresight):
+    """Foresight in some of the KV heads, TriAttention's score in the others: which ones matter?
+
+    heads: (layer, KV head) of those that foresight chooses for, or with `but`, of the others.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        interval: int,
+        recent: int = 16,
+        heads: Sequence[tuple[int, int]] = (),
+        but: bool = False,
+    ) -> None:
+        super().__init__(budget, interval, recent)
+        self.score = TriAttention(budget, interval, recent, "per-layer-per-head")
+        self.heads = list(heads)
+        self.but = but
+
+    def rank(self, candidates: Candidates) -> Ranking:
+        foresight, score = super().rank(candidates), self.score.rank(candidates)
+        chosen = torch.full(score.scores.shape[:2], self.but)
+        for layer, head in self.heads:
+            chosen[layer, head] = not self.but
+        mixed = foresight.scores.where(chosen[..., None], score.scores)
+        return Ranking(mixed, score.protected)
 
 
 def attention_paid(decoder: Decoder, ids: Sequence[int]) -> torch.Tensor:
