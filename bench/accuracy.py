@@ -7,6 +7,7 @@ what --out holds; with --server also asks the real server, and compares instance
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -121,42 +122,53 @@ def _methods(parser: argparse.ArgumentParser, asked: list[str]) -> list[str]:
 
 def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.Namespace) -> str:
     """One model's tables as text, with the server's if it is asked; its pictures to --out."""
-    name = f"{subject.model.name}, R {concentration_of(subject):.2f}, {machine()}"
+    title = f"{subject.model.name}, R {concentration_of(subject):.2f}, {machine()}"
     parts = [
-        f"{name}; percent (95% interval), a round every {INTERVAL} tokens. Solved: all of the "
-        "output right. Progress: its share before the first wrong token, mean."
+        f"{title}; percent (95% interval), a round every {INTERVAL} tokens. Solved: all of the "
+        "output right. Progress: its share before the first wrong token, mean.",
+        *tables(results, plan, args.tasks),
+        *explanations(subject, plan),
     ]
-    for task in args.tasks:
+    if pictures.available():
+        place = folder(subject, args)
+        report.plot(results, plan.budgets, "share", f"By budget: {title}", place / "budget.png")
+        if plan.depths:
+            report.plot(results, plan.depths, "depth", f"By depth: {title}", place / "depth.png")
+    else:
+        parts.append("No pictures: matplotlib is not installed.")
+    if args.server:
+        shares = (0.0, SHARES[2], AT)
+        cells = [c for c in plan.budgets if c.method in SERVED and c.share in shares]
+        parts.append(report.agreement_table(compare(subject, cells, args.server)))
+    return "\n\n".join(parts)
+
+
+def tables(results: Results, plan: Plan, tasks: list[str]) -> Iterator[str]:
+    """Each task by budget and by depth, means over tasks, differences."""
+    for task in tasks:
         for across, cells in (("share", plan.budgets), ("depth", plan.depths)):
             own = [cell for cell in cells if cell.task == task]
+            if not own:
+                continue
             fixed = f"depth {own[0].depth}" if across == "share" else f"budget {100 * AT:.0f}%"
             for what, shown in (("solved", report.percent), ("progress", report.far)):
                 found = report.accuracy_table(results, own, across, shown)
-                parts.append(f"{task}, {fixed}, {what}\n{found}")
+                yield f"{task}, {fixed}, {what}\n{found}"
     overall = report.overall_table(results, plan.budgets)
-    parts.append(f"all tasks, hardest depth in range, mean progress\n{overall}")
+    yield f"all tasks, hardest depth in range, mean progress\n{overall}"
     if any(cell.method == BASE for cell in plan.budgets):
         differences = report.difference_table(results, plan.budgets, BASE)
-        parts.append(f"progress, points more than {BASE}, mean over budgets\n{differences}")
+        yield f"progress, points more than {BASE}, mean over budgets\n{differences}"
+
+
+def explanations(subject: Subject, plan: Plan) -> Iterator[str]:
+    """Where the model looks tokens up, what methods keep of them, and how far logits follow R."""
     judged = [name for name in plan.methods if name not in ("full", *LOOK_AHEAD, *SETTINGS)]
     if judged:
         share = f"keeping {100 * KEPT:.0f}% at {100 * READ:.0f}% of the output"
         kept = recall_table(subject, judged)
-        parts.append(f"attention yet to be paid to what is kept, of foresight's, {share}\n{kept}")
-    parts.append(f"mean logits by distance, predicted and actual\n{reconstruction_table(subject)}")
-    if pictures.available():
-        place = folder(subject, args)
-        report.plot(results, plan.budgets, "share", f"By budget: {name}", place / "budget.png")
-        if plan.depths:
-            report.plot(results, plan.depths, "depth", f"By depth: {name}", place / "depth.png")
-    if args.server:
-        cells = [
-            cell
-            for cell in plan.budgets
-            if cell.method in SERVED and cell.share in (0.0, SHARES[2], AT)
-        ]
-        parts.append(report.agreement_table(compare(subject, cells, args.server)))
-    return "\n\n".join(parts)
+        yield f"attention yet to be paid to what is kept, of foresight's, {share}\n{kept}"
+    yield f"mean logits by distance, predicted and actual\n{reconstruction_table(subject)}"
 
 
 def write_comparison(

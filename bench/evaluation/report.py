@@ -121,7 +121,7 @@ def plot(results: Results, cells: Sequence[Cell], across: str, title: str, path:
             axes.set_xscale("log")
     panels[0][0].legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def _line(
