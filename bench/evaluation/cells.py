@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +114,10 @@ class Results:
         return Mean.of([measure(outcome) for outcome in self.outcomes[cell].values()])
 
     def compare(self, pairs: Iterable[tuple[Cell, Cell]], measure: Measure) -> Mean:
-        """One method's cells less another's; a question at several budgets counts once."""
+        """One method's cells less another's, over the questions that have all of the pairs.
+
+        A question at several budgets counts once.
+        """
         gains: dict[tuple[str, int, int], list[float]] = {}
         for one, other in pairs:
             theirs = self.outcomes[other]
@@ -121,7 +125,10 @@ class Results:
                 if number in theirs:
                     gain = measure(own) - measure(theirs[number])
                     gains.setdefault((one.task, one.depth, number), []).append(gain)
-        return Mean.of([mean(own) for own in gains.values()])
+        whole = Counter[str]()
+        for (task, *_), gained in gains.items():
+            whole[task] = max(whole[task], len(gained))
+        return Mean.of([mean(own) for (t, *_), own in gains.items() if len(own) == whole[t]])
 
     def tally(self, cell: Cell) -> Tally:
         outcomes = self.outcomes[cell].values()
