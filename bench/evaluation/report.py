@@ -118,7 +118,10 @@ def plot(results: Results, cells: Sequence[Cell], across: str, title: str, path:
     for axes in panels[-1]:
         axes.set_xlabel("budget, share of the chain" if across == "share" else "depth")
         if across == "share":
+            shares = sorted({cell.share for cell in cells if cell.share})
             axes.set_xscale("log")
+            axes.set_xticks(shares, [f"{100 * share:.0f}%" for share in shares], minor=False)
+            axes.minorticks_off()
     panels[0][0].legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=80)
