@@ -60,8 +60,19 @@ def test_nobody_is_lost_who_was_preempted_in_vain(server: Running) -> None:
 
     If the prompt has no room even then, neither runs: the displaced one must not be forgotten.
     """
-    server.server.flush_cache()
     preempted = ask(server.probe)["preempted"]
+    # Retractions, which this server is made to have, can make room before it comes to that.
+    for _ in range(10):
+        answers = displace(server)
+        assert all(len(answer["output_ids"]) == 300 for answer in answers)
+        if ask(server.probe)["preempted"] > preempted:
+            return
+    pytest.fail("nobody was preempted")
+
+
+def displace(server: Running) -> list[Any]:
+    """Answers to as many humble requests as there are rows, and to an important one among them."""
+    server.server.flush_cache()
 
     def come(text: str, tokens: int, priority: int) -> Future[Any]:
         own = {"kv_policy": {"budget": 40, "interval": 40}}
@@ -76,9 +87,7 @@ def test_nobody_is_lost_who_was_preempted_in_vain(server: Running) -> None:
         while server.server.kv_policy()["rounds"] < rounds + FUZZ_ROWS:
             time.sleep(0.05)
         coming.append(come("Important and long. " * 25, 300, 1))
-        answers = [future.result() for future in coming]
-    assert all(len(answer["output_ids"]) == 300 for answer in answers)
-    assert ask(server.probe)["preempted"] > preempted
+        return [future.result() for future in coming]
 
 
 def overtaken(stay: Stay, stays: list[Stay]) -> int:
