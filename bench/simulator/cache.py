@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -33,7 +34,7 @@ class LayerCache:
     """Of the last tokens, at most WINDOW, after RoPE: [query heads, tokens, head_dim]."""
 
     @classmethod
-    def empty(cls, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerCache:
+    def empty(cls, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Self:
         """A cache without tokens."""
         nothing = torch.empty(kv_heads, 0, head_dim, dtype=dtype)
         places = torch.empty(kv_heads, 0, dtype=torch.int64)

@@ -111,7 +111,19 @@ class Streaming(Policy):
         return Ranking(torch.zeros(1, 1, len(candidates), dtype=torch.float64), protected)
 
 
-class TriAttention(Policy):
+class RecentStay(Policy):
+    """The last `recent` tokens stay, inside the budget.
+
+    Raises ValueError where they exceed it.
+    """
+
+    def __init__(self, budget: int, interval: int, recent: int = 16) -> None:
+        super().__init__(budget, interval, recent)
+        if not 0 <= recent <= budget:
+            raise ValueError(f"{recent} recent tokens in a budget of {budget}")
+
+
+class TriAttention(RecentStay):
     """Keys scored by expected future queries (arXiv 2604.04921); the last `recent` stay."""
 
     def __init__(
@@ -123,8 +135,6 @@ class TriAttention(Policy):
         normalize: bool = True,
     ) -> None:
         super().__init__(budget, interval, recent)
-        if not 0 <= recent <= budget:
-            raise ValueError(f"{recent} recent tokens in a budget of {budget}")
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}: one of {', '.join(MODES)}")
         self.mode = mode

@@ -7,21 +7,13 @@ from abc import abstractmethod
 import torch
 
 from ..observed import Observed
-from ..policies import Candidates, Policy, Ranking, newest
+from ..policies import Candidates, Ranking, RecentStay, newest
 
 
-class LiveQueries(Policy):
-    """Ranks by the request's own queries; the last `recent` tokens stay.
-
-    Raises ValueError where `recent` exceeds the budget.
-    """
+class LiveQueries(RecentStay):
+    """Ranks by the request's own queries; the last `recent` tokens stay."""
 
     live = True
-
-    def __init__(self, budget: int, interval: int, recent: int) -> None:
-        super().__init__(budget, interval, recent)
-        if not 0 <= recent <= budget:
-            raise ValueError(f"{recent} tokens that stay in a budget of {budget}")
 
     def rank(self, candidates: Candidates) -> Ranking:
         if candidates.observed is None:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..policies import Candidates, Policy, Ranking, newest
+from ..policies import Candidates, Ranking, RecentStay, newest
 
 _WORD = (1 << 32) - 1
 
 
-class Chance(Policy):
+class Chance(RecentStay):
     """A set of its own for each KV head, the server's: drawn anew in every round, by a hash."""
-
-    def __init__(self, budget: int, interval: int, recent: int = 16) -> None:
-        super().__init__(budget, interval, recent)
-        if not 0 <= recent <= budget:
-            raise ValueError(f"{recent} recent tokens in a budget of {budget}")
 
     def rank(self, candidates: Candidates) -> Ranking:
         heads, n = candidates.keys.shape[1:3]

@@ -1,4 +1,4 @@
-"""Foresight: what future queries will in truth attend to. No policy can know it; a bound."""
+"""Foresight: what future queries will in truth attend to. No policy can know it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ import torch
 
 from ..cache import LayerCache
 from ..decoder import Decoder
-from ..policies import Candidates, Policy, Ranking, TriAttention, newest
+from ..policies import Candidates, Ranking, RecentStay, TriAttention, newest
 
 
-class Foresight(Policy):
+class Foresight(RecentStay):
     """Each layer and KV head keeps the tokens that some later query will attend to most.
 
     Attention is that of a run without eviction, over the very tokens that are to come:
-    `look_ahead` must have seen them. Where this fails, a budget is too small for any choice.
+    `look_ahead` must have seen them. Where this gets far, the budget suffices; there may be better.
     """
 
-    def __init__(self, budget: int, interval: int, recent: int = 16) -> None:
-        super().__init__(budget, interval, recent)
-        if not 0 <= recent <= budget:
-            raise ValueError(f"{recent} recent tokens in a budget of {budget}")
-        self.paid: torch.Tensor | None = None
+    paid: torch.Tensor | None = None
 
-    def look_ahead(self, decoder: Decoder, ids: Sequence[int]) -> None:
-        """Read a whole request, prompt and output, before its first round."""
+    def look_ahead(self, decoder: Decoder, ids: Sequence[int]) -> torch.Tensor:
+        """Read a whole request, prompt and output, before its first round: `attention_paid`."""
         self.paid = attention_paid(decoder, ids)
+        return self.paid
 
     def rank(self, candidates: Candidates) -> Ranking:
         """Raises ValueError where nothing was looked at."""
@@ -67,8 +64,8 @@ class Spliced(Foresight):
 
 def attention_paid(decoder: Decoder, ids: Sequence[int]) -> torch.Tensor:
     """Without eviction, the most that a group's heads pay: [layers, kv heads, query n, key n]."""
-    empty = [vars(layer) for layer in decoder.new_cache()]
-    cache = [_Watched(**layer) for layer in empty]
+    sizes = (decoder.heads, decoder.kv_heads, decoder.head_dim)
+    cache = [_Watched.empty(*sizes, decoder.dtype) for _ in range(decoder.layers)]
     decoder.feed(list(ids), 0, list(cache))
     return torch.stack([layer.paid(len(ids)) for layer in cache])
 
