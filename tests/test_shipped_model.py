@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.evaluation.cells import Cell
 from bench.evaluation.methods import SERVED
-from bench.evaluation.recall import look_ups, recall
+from bench.evaluation.recall import recalls
 from bench.evaluation.reconstruction import correlations
 from bench.evaluation.runner import Subject, load
 from bench.evaluation.served import agreement
@@ -57,7 +57,8 @@ def test_the_card_states_the_concentration(folder: Path) -> None:
 def test_logits_are_as_predicted_where_queries_are_concentrated() -> None:
     """Pearson's r by head; the other model's queries scatter, and are predicted worse."""
     concentrated, diffuse = (
-        correlations(Subject(folder, folder / "stats.safetensors")) for folder in (FOLDER, DIFFUSE)
+        correlations(folder, stats.load(folder / "stats.safetensors"))
+        for folder in (FOLDER, DIFFUSE)
     )
     assert concentrated.shape == diffuse.shape == (4, 4)
     assert concentrated.mean() > 0.85
@@ -68,11 +69,9 @@ def test_chance_keeps_less_of_what_will_be_needed() -> None:
     subject = Subject(FOLDER, FOLDER / "stats.safetensors")
     made = instance("tree", 8, 0)
     prompt, output = prompt_ids(made.question), output_ids(made)
-    streaming, random = (
-        recall(load(subject), prompt, output, name).mean() for name in ("streaming", "random")
-    )
-    assert 0.2 < random < streaming < 0.8
-    where = look_ups(load(subject), prompt, output)
+    found = recalls(load(subject), prompt, output, ("streaming", "random"))
+    assert 0.2 < found["random"].mean() < found["streaming"].mean() < 0.8
+    where = found["look-ups"]
     assert where.shape == (4, 2)
     assert where.argmax() == 5  # KV head 1 of layer 2.
     assert where[2, 1] > 5 * where.flatten().sort().values[-2]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.reference_model.evaluate import IN_RANGE, instance
-from bench.reference_model.tokenizer import output_ids
+from bench.reference_model.tokenizer import output_ids, prompt_ids
 
 from .cells import Cell
 from .methods import PUBLISHED, fits
@@ -45,6 +45,12 @@ class Plan:
     def decisive(self) -> list[Cell]:
         """Where published methods are compared: the hardest depth in range at the share `AT`."""
         return [c for c in self.budgets if c.method in PUBLISHED and c.share in (0.0, AT)]
+
+
+def hardest(count: int) -> list[tuple[list[int], list[int]]]:
+    """Prompt and right output of instances of each task, at its hardest depth in range."""
+    made = [instance(t, depths[-1], n) for t, depths in DEPTHS.items() for n in range(count)]
+    return [(prompt_ids(one.question), output_ids(one)) for one in made]
 
 
 def mean_output(task: str, depth: int) -> float:

@@ -56,25 +56,35 @@ def validate(
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     source = text.Source(text_path, "--text", "--validate")
     sequences = text.tokenize(source, tokenizer, tokens, tokens)
-    return on_tokens(statistics, model_path, rope, sequences.ids[0])
+    return on_tokens(statistics, model_path, rope, sequences.ids)[0]
 
 
 def on_tokens(
-    statistics: Statistics, model_path: str, rope: Rope, ids: Sequence[int]
-) -> Validation:
-    """The same for token ids, which the model reads as one sequence.
+    statistics: Statistics, model_path: str, rope: Rope, sequences: Sequence[Sequence[int]]
+) -> list[Validation]:
+    """The same for sequences of token ids, which do not see each other.
 
     Raises:
         KvPolicyError: the statistics are not this model's.
     """
-    queries, keys = _captured(model_path, torch.tensor([list(ids)]))
+    captured = _captured(model_path, sequences)
+    return [_compared(statistics, model_path, rope, *own) for own in captured]
+
+
+def _compared(
+    statistics: Statistics,
+    model_path: str,
+    rope: Rope,
+    queries: list[torch.Tensor],
+    keys: list[torch.Tensor],
+) -> Validation:
     if statistics.shape != (len(queries), *queries[0].shape[0::2]):
         raise KvPolicyError(
             f"{statistics.path} has (layers, query heads, head size) {statistics.shape}, "
             f"--model-path {model_path} has {(len(queries), *queries[0].shape[0::2])}."
         )
     statistics.check_rope(rope)
-    distances = torch.arange(1, len(ids) // 2 + 1)
+    distances = torch.arange(1, queries[0].shape[1] // 2 + 1)
     centres = torch.stack([_centre(k, rope) for k in keys])
     products = describe.centre_products(replace(statistics, k_mean=centres))
     predicted = describe.distance_curve(products, rope, distances)
@@ -85,27 +95,30 @@ def on_tokens(
 
 
 @torch.inference_mode()
-def _captured(model_path: str, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Queries and keys after RoPE by layer, [heads, tokens, head_dim]."""
+def _captured(
+    model_path: str, sequences: Sequence[Sequence[int]]
+) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Of each sequence: queries and keys after RoPE by layer, [heads, tokens, head_dim]."""
     from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    queries: list[torch.Tensor] = []
-    keys: list[torch.Tensor] = []
+    captured: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
 
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        queries.append(query[0].float())
-        keys.append(key[0].float())
+        for own, heads in zip(captured[-1], (query, key), strict=True):
+            own.append(heads[0].float())
         return sdpa_attention_forward(module, query, key, *args, **kwargs)
 
     AttentionInterface.register(_BACKEND, attention)
     model = AutoModelForCausalLM.from_pretrained(
         model_path, attn_implementation=_BACKEND, dtype="auto"
     )
-    model(ids, use_cache=False)
-    return queries, keys
+    for ids in sequences:
+        captured.append(([], []))
+        model(torch.tensor([list(ids)]), use_cache=False)
+    return captured
 
 
 def _centre(keys: torch.Tensor, rope: Rope) -> torch.Tensor:
