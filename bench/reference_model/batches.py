@@ -49,10 +49,6 @@ class Curriculum:
             self.depths[task] = min(LAST[task], deepest + max(1, deepest // 8))
             self.right[task] = 2 * LEARNED - 1
 
-    @property
-    def complete(self) -> bool:
-        return self.depths == LAST
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -77,14 +77,15 @@ def trained(run: Run) -> str:
     recipe, shape = run.recipe, run.recipe.shape
     count = sum(parameter.numel() for parameter in run.model.parameters())
     depths = ", ".join(f"{depth} ({task})" for task, depth in run.curriculum.depths.items())
-    added = f"; in the last one {recipe.concentrate:g} (1 - R) was added to the loss"
-    extra = added if recipe.concentrate else ""
+    added = ""
+    if recipe.concentrate:
+        added = f"; in the last one {recipe.concentrate:g} (1 - R) was added to the loss"
     return (
         f"Trained by `python -m bench.reference_model.train`: {shape.kind}, {shape.layers} layers, "
         f"width {shape.hidden}, FFN {shape.ffn}, {shape.heads} query and {shape.kv_heads} KV heads "
         f"of {HEAD_DIM}, {count:,} parameters; seed {recipe.seed}, {run.step:,} steps, "
         f"{run.seen:,} tokens, {run.seconds / 60:.0f} minutes, in the phases that docs/accuracy.md "
-        f"lists{extra}. Data: instances of the tasks with seeds "
+        f"lists{added}. Data: instances of the tasks with seeds "
         f"below 2^{SEED_BITS}, drawn anew for each step, up to depth {depths}."
     )
 
