@@ -45,8 +45,6 @@ GROUPS = {
     "improvements": IMPROVEMENTS,
     "diagnoses": DIAGNOSES,
 }
-
-
 BASE = "triattention"
 """What the other methods' answers are compared with, question by question."""
 
@@ -70,6 +68,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/accuracy"))
     args = parser.parse_args()
+    if args.instances < 2:
+        parser.error(f"--instances {args.instances}: 2 or more, an interval needs them")
     plan = make_plan(_methods(parser, args.methods), args.tasks)
     args.out.mkdir(parents=True, exist_ok=True)
     subjects = [Subject(model, model / "stats.safetensors") for model in args.models]

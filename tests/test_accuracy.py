@@ -21,7 +21,6 @@ def test_two_models(
     monkeypatch.setattr(plan, "SHARES", (0.25, accuracy.AT))
     for module in (recall, reconstruction):
         monkeypatch.setattr(module, "INSTANCES", 1)
-        monkeypatch.setattr(module, "DEPTHS", {"tree": (4,)})
     arguments = f"accuracy --models {FOLDER} {DIFFUSE} --methods random triattention --tasks tree"
     monkeypatch.setattr(sys, "argv", [*arguments.split(), "--out", str(tmp_path), "--within", "50"])
     sys.argv += ["--instances", "2"]
@@ -48,3 +47,12 @@ def test_a_method_that_there_is_not_is_named(
     with pytest.raises(SystemExit):
         accuracy.main()
     assert "--methods snapvk: published, ablations" in capsys.readouterr().err
+
+
+def test_one_instance_has_no_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy", "--instances", "1"])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert "--instances 1: 2 or more" in capsys.readouterr().err

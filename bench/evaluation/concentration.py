@@ -8,8 +8,8 @@ from pathlib import Path
 from bench.table import table
 from sglang_tri.stats import describe, files
 
-from .cells import Cell, Results, progress
-from .report import far
+from .cells import Cell, Results
+from .report import draw, far, progress_bounds
 from .runner import Subject
 
 
@@ -43,16 +43,7 @@ def plot_by_concentration(
         for axes, share in zip(row, shares, strict=True):
             for cell in cells:
                 if cell.task == task and cell.share in (0.0, share):
-                    _line(axes, models, cell)
+                    draw(axes, {r: progress_bounds(models[r], cell) for r in models}, cell.method)
             axes.set(title=f"{task}, {100 * share:.0f}%", ylim=(-0.02, 1.02), xlabel="R")
     panels[0][0].legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
-
-
-def _line(axes: object, models: Mapping[float, Results], cell: Cell) -> None:
-    ordered = sorted(models)
-    found = [models[r].mean(cell, progress) for r in ordered]
-    middle, half = [one.middle for one in found], [one.half for one in found]
-    axes.errorbar(  # type: ignore[attr-defined]
-        ordered, middle, half, marker="o", capsize=2, label=cell.method
-    )

@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from bench.table import table
 
-from .cells import Cell, Mean, Measure, Results, progress, solved
+from .cells import Cell, Mean, Results, progress
 from .served import Agreement
 
 Shown = Callable[[Results, Cell | None], str]
 """How a cell is written."""
 
 
-MEASURES: dict[str, Measure] = {"solved": solved, "progress": progress}
+Bounds = tuple[float, float, float]
+"""A share and its 95% interval: middle, low, high."""
+
+
+def solved_bounds(results: Results, cell: Cell) -> Bounds:
+    tally = results.tally(cell)
+    return (tally.accuracy, *tally.interval)
+
+
+def progress_bounds(results: Results, cell: Cell) -> Bounds:
+    found = results.mean(cell, progress)
+    return found.middle, found.middle - found.half, found.middle + found.half
+
+
+MEASURES = {"solved": solved_bounds, "progress": progress_bounds}
 
 
 def percent(results: Results, cell: Cell | None) -> str:
     """Accuracy and its 95% interval in percent, e.g. `87.3 (84.9-89.4)`."""
     if cell is None or cell not in results.outcomes:
         return "-"
-    tally = results.tally(cell)
-    low, high = tally.interval
-    return f"{100 * tally.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    middle, low, high = (100 * share for share in solved_bounds(results, cell))
+    return f"{middle:.1f} ({low:.1f}-{high:.1f})"
 
 
 def far(results: Results, cell: Cell | None) -> str:
     """Mean progress and half of its 95% interval in percent, e.g. `87.3 ± 2.4`."""
     if cell is None or cell not in results.outcomes:
         return "-"
-    found = results.mean(cell, progress)
-    return f"{100 * found.middle:.1f} ± {100 * found.half:.1f}"
+    return _plus_minus(results.mean(cell, progress))
+
+
+def _plus_minus(found: Mean, sign: str = "") -> str:
+    return f"{100 * found.middle:{sign}.1f} ± {100 * found.half:.1f}"
 
 
 def accuracy_table(results: Results, cells: Sequence[Cell], across: str, shown: Shown) -> str:
@@ -86,7 +102,7 @@ def difference_table(results: Results, cells: Sequence[Cell], base: str) -> str:
             continue
         by_task = [[pair for pair in known if pair[0].task == task] for task in tasks]
         found = [results.compare(own, progress) if own else None for own in (*by_task, known)]
-        shown = [f"{100 * d.middle:+.1f} ± {100 * d.half:.1f}" if d else "-" for d in found]
+        shown = [_plus_minus(one, "+") if one else "-" for one in found]
         rows.append([method, *shown, str(found[-1].questions if found[-1] else 0)])
     return table(rows)
 
@@ -112,7 +128,11 @@ def plot(results: Results, cells: Sequence[Cell], across: str, title: str, path:
         for axes, task in zip(row, tasks, strict=True):
             for method in dict.fromkeys(cell.method for cell in cells):
                 own = [cell for cell in cells if (cell.task, cell.method) == (task, method)]
-                _line(axes, results, own, across, measure)
+                found = {getattr(cell, across): measure(results, cell) for cell in own}
+                if across == "share" and 0.0 in found:
+                    axes.axhline(found[0.0][0], color="black", linestyle=":", label=method)
+                else:
+                    draw(axes, found, method)
             axes.set(title=task, ylim=(-0.02, 1.02))
         row[0].set_ylabel(name)
     for axes in panels[-1]:
@@ -127,15 +147,10 @@ def plot(results: Results, cells: Sequence[Cell], across: str, title: str, path:
     figure.savefig(path, dpi=80)
 
 
-def _line(
-    axes: Any, results: Results, cells: Sequence[Cell], across: str, measure: Measure
-) -> None:
-    """One method's line, or a level where it has no budget."""
-    found = {getattr(cell, across): results.mean(cell, measure) for cell in cells}
-    if across == "share" and 0.0 in found:
-        axes.axhline(found[0.0].middle, color="black", linestyle=":", label=cells[0].method)
-        return
+def draw(axes: Any, found: Mapping[float, Bounds], label: str) -> None:
+    """A line with intervals, by place."""
     places = sorted(found)
-    middle, half = ([getattr(found[p], what) for p in places] for what in ("middle", "half"))
-    label = cells[0].method if cells else None
-    axes.errorbar(places, middle, half, marker="o", capsize=2, label=label)
+    middle = [found[place][0] for place in places]
+    below = [found[place][0] - found[place][1] for place in places]
+    above = [found[place][2] - found[place][0] for place in places]
+    axes.errorbar(places, middle, [below, above], marker="o", capsize=2, label=label)
