@@ -290,7 +290,7 @@ def test_random_keeps_each_equally_often() -> None:
     [("snapkv", {"kernel": 4}), ("rkv", {"mix": 2.0}), ("rkv", {"window": 30}), ("oracle", {})],
 )
 def test_bad_settings(name: str, options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"kernel 4|mix 2\.0|30 tokens|unknown policy"):
+    with pytest.raises(ValueError, match=r"kernel 4|mix 2\.0|30 recent tokens|unknown policy"):
         make_policy(name, 20, 8, **options)
 
 
