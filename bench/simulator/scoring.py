@@ -46,10 +46,16 @@ def expected_logits(
 
     Arguments as for `key_scores`.
     """
+    now = keys.conj() * _turn(distance, omega) * (scale * scale)
     for offset in OFFSETS:
-        angle = (distance + offset).to(torch.float64)[..., None] * omega
-        turned = keys.conj() * torch.polar(torch.ones_like(angle), angle) * (scale * scale)
-        yield torch.einsum("hgf,hnf->hgn", mean, turned).real
+        ahead = mean * _turn(torch.tensor(offset), omega)
+        yield torch.einsum("hgf,hnf->hgn", ahead, now).real
+
+
+def _turn(distance: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
+    """e^{i omega_f distance}: complex128 [..., F]."""
+    angle = distance.to(torch.float64)[..., None] * omega
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def znorm(rows: torch.Tensor) -> torch.Tensor:
