@@ -1,4 +1,4 @@
-"""What keys are scored against: one virtual query and one magnitude vector per query head."""
+"""What keys are scored against: one virtual query and weights of moduli per query head."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class Queries:
 
     Attributes:
         centre: float32 [layers, query_heads, 2, pairs], real and imaginary parts.
-        magnitude: float32 [layers, query_heads, pairs].
+        magnitude: float32 [layers, query_heads, pairs], weights of the moduli.
         frequencies: float64 [pairs], radians per position; 0 where RoPE rotates nothing.
         rotary_dim: leading components of a head that RoPE rotates.
         interleaved: whether neighbours make a pair (GPT-J style), not halves (NeoX style).
+        variance: like magnitude, weights of the moduli's squares; None where they are not known.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -29,6 +30,7 @@ class Queries:
     frequencies: torch.Tensor
     rotary_dim: int
     interleaved: bool
+    variance: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         layers, heads, parts, pairs = self.centre.shape
@@ -37,6 +39,11 @@ class Queries:
             raise ValueError(
                 f"centre {tuple(self.centre.shape)}, magnitude {tuple(self.magnitude.shape)} and "
                 f"frequencies {tuple(self.frequencies.shape)} do not fit together"
+            )
+        if self.variance is not None and self.variance.shape != self.magnitude.shape:
+            raise ValueError(
+                f"variance {tuple(self.variance.shape)} and magnitude "
+                f"{tuple(self.magnitude.shape)} do not fit together"
             )
 
     @property
@@ -85,4 +92,17 @@ class Queries:
             self.frequencies,
             self.rotary_dim,
             self.interleaved,
+            None if self.variance is None else self.variance[first:last],
         )
+
+    def weights(self, squared: bool) -> torch.Tensor:
+        """`variance` where the squares of moduli are weighed, else `magnitude`.
+
+        Raises:
+            ValueError: there is no `variance`.
+        """
+        if not squared:
+            return self.magnitude
+        if self.variance is None:
+            raise ValueError("these queries have no variance: moduli cannot be weighed squared")
+        return self.variance

@@ -1,4 +1,4 @@
-"""Score cached keys against one virtual query and one magnitude vector per query head."""
+"""Score cached keys against one virtual query and weights of moduli per query head."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def score(
     positions: torch.Tensor,
     key_scale: torch.Tensor | None = None,
     workspace: Workspace | None = None,
+    squared: bool = False,
 ) -> Scores:
     """Scores of every candidate of every due request, for all layers and query heads.
 
     `score = <query, key> + sum_f magnitude[f] |key_f|`: TriAttention (arXiv 2604.04921) with the
     mean over future offsets folded into the query, which is rotated to the request's position, so
     that the cached, rotated key is read as it is, once. Accumulates in float32. One launch on a
-    GPU; on a CPU plain torch.
+    GPU; on a CPU plain torch. With `squared` the second term is `sum_f variance[f] |key_f|^2`.
 
     Args:
         keys: of all layers, after RoPE; bfloat16, float16, float32, or an 8-bit float.
@@ -34,6 +35,7 @@ def score(
         positions: int64 [requests], logical lengths.
         key_scale: float32 [layers], what stored keys are to be multiplied by; 1 without it.
         workspace: memory for the result; without it, it is allocated.
+        squared: whether the squares of the moduli are weighed.
 
     Returns:
         The scores, on the device of the keys.
@@ -44,8 +46,8 @@ def score(
     _check(keys, queries, key_scale)
     if has_triton(keys.device):
         memory = Workspace.or_new(workspace, keys.device)
-        return score_triton.launch(keys, pages, queries, positions, key_scale, memory)
-    return _reference(keys, pages, queries, positions, key_scale)
+        return score_triton.launch(keys, pages, queries, positions, key_scale, memory, squared)
+    return _reference(keys, pages, queries, positions, key_scale, squared)
 
 
 def _check(keys: PagedBuffers, queries: Queries, key_scale: torch.Tensor | None) -> None:
@@ -71,8 +73,10 @@ def _reference(
     queries: Queries,
     positions: torch.Tensor,
     key_scale: torch.Tensor | None,
+    squared: bool,
 ) -> Scores:
     first, second = queries.components()
+    weights = queries.weights(squared)
     rotated = queries.at(positions)
     group = queries.heads // keys.heads
     rows = rotated.new_zeros(queries.layers, pages.requests, queries.heads, pages.longest)
@@ -83,8 +87,10 @@ def _reference(
             if key_scale is not None:
                 key = key * key_scale[layer]
             modulus = torch.hypot(key[..., first], key[..., second])
+            if squared:
+                modulus = modulus.square()
             query = rotated[layer, request].view(keys.heads, group, -1)
-            weight = queries.magnitude[layer].view(keys.heads, group, -1)
+            weight = weights[layer].view(keys.heads, group, -1)
             logit = query @ key.transpose(1, 2) + weight @ modulus.transpose(1, 2)
             rows[layer, request, :, : len(page)] = logit.flatten(0, 1)
     return Scores.of(rows, pages.counts())

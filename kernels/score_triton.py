@@ -50,6 +50,7 @@ def launch(
     positions: torch.Tensor,
     key_scale: torch.Tensor | None,
     workspace: Workspace,
+    squared: bool,
 ) -> Scores:
     """See `sglang_tri.kernels.score.score`."""
     shape = queries.layers, pages.requests, queries.heads
@@ -67,21 +68,21 @@ def launch(
         pages.last_page_len,
         pages.skipped,
         queries.centre,
-        queries.magnitude,
+        queries.weights(squared),
         queries.frequencies,
         positions,
         pages.longest,
-        **variant(keys, queries, key_scale is not None, traits(keys.device)),
+        **variant(keys, queries, key_scale is not None, traits(keys.device), squared),
     )
     return Scores(rows, moments)
 
 
 def variant(
-    keys: PagedBuffers, queries: Queries, scaled: bool, device: Traits
+    keys: PagedBuffers, queries: Queries, scaled: bool, device: Traits, squared: bool = False
 ) -> dict[str, object]:
     """Constants that the kernel is compiled for; none depends on a round.
 
-    `scaled` says whether stored keys have scales.
+    `scaled` says whether stored keys have scales, `squared` whether squares of moduli are weighed.
     """
     page, token, head = keys.strides
     group = queries.heads // keys.heads
@@ -93,6 +94,7 @@ def variant(
         "OPERAND": tl.bfloat16 if device.bf16 else tl.float32,
         "DECODE": decode,
         "SCALED": scaled,
+        "SQUARED": squared,
         "HEADS": keys.heads,
         "GROUP": group,
         "GROUP_COLUMNS": columns,
@@ -202,7 +204,7 @@ def score_kernel(
     last_page_len,
     skipped,
     centre,
-    magnitude,
+    weights,
     frequencies,
     positions,
     longest,
@@ -211,6 +213,7 @@ def score_kernel(
     OPERAND: tl.constexpr,
     DECODE: tl.constexpr,
     SCALED: tl.constexpr,
+    SQUARED: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_COLUMNS: tl.constexpr,
@@ -248,7 +251,7 @@ def score_kernel(
     pair = tl.arange(0, PAIRS_PADDED)
     used = (pair < PAIRS)[:, None] & (member < GROUP)[None, :]
     query_head = (layer * HEADS + head) * GROUP + member
-    weight = magnitude + query_head[None, :] * PAIRS + pair[:, None]
+    weight = weights + query_head[None, :] * PAIRS + pair[:, None]
     weight = tl.load(weight, mask=used, other=0.0)
     parts = centre + query_head[None, :] * (2 * PAIRS) + pair[:, None]
     real = tl.load(parts, mask=used, other=0.0)
@@ -256,6 +259,8 @@ def score_kernel(
     if SCALED:
         scale = tl.load(key_scale + layer)
         weight, real, imaginary = weight * scale, real * scale, imaginary * scale
+        if SQUARED:
+            weight *= scale
     # Float32 would lose the phase of a frequency near 1 at positions of tens of thousands.
     turns = tl.load(positions + request).to(tl.float64) * 0.15915494309189535
     turns *= tl.load(frequencies + pair, mask=pair < PAIRS, other=0.0)
@@ -284,7 +289,9 @@ def score_kernel(
         total = _product(first, first_query, total, KEY_PIECES, OPERAND)
         total = _product(second, second_query, total, KEY_PIECES, OPERAND)
         first, second = first.to(tl.float32), second.to(tl.float32)
-        modulus = tl.sqrt(first * first + second * second)
+        modulus = first * first + second * second
+        if not SQUARED:
+            modulus = tl.sqrt(modulus)
         total = _product(modulus, weight, total, 2 if KEY_PIECES == 1 else 3, OPERAND)
         score = tl.sum(tl.reshape(total, (BLOCK, PIECES, GROUP_COLUMNS)), 1)
         finite = tl.abs(score) < float("inf")

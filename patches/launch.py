@@ -14,6 +14,7 @@ from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import engine_0517 as engine
 from sglang_tri.patches import flags, hooks, refusals
 from sglang_tri.patches.responses import READY
+from sglang_tri.policies import POLICIES
 from sglang_tri.stats import Statistics
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def check_statistics(settings: KvPolicyConfig, model: Any) -> None:
     with naming_statistics():
         found.check_geometry(model.num_hidden_layers, model.num_attention_heads, model.head_dim)
         found.check_rope_settings(engine.rope_settings(model))
+        if settings.enabled and POLICIES[settings.policy].needs_second_moments:
+            found.check_second_moments(settings.policy)
     served = model.model_path.rstrip("/").rsplit("/", 1)[-1]
     named = (found.model_name or served).rstrip("/").rsplit("/", 1)[-1]
     if named != served:

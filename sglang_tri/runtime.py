@@ -24,7 +24,7 @@ from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.parts import WORKSPACE_BYTES, Geometry, Parts
 from sglang_tri.policies import POLICIES
-from sglang_tri.policies.base import Candidates
+from sglang_tri.policies.base import Candidates, Policy
 from sglang_tri.rounds import (
     Counters,
     Due,
@@ -79,6 +79,12 @@ class Runtime:
         self._alive: deque[list[Round]] = deque(maxlen=_STEPS_KEPT_ALIVE)
         self._shifted: set[str] = set()
 
+    def has_statistics_for(self, policy: type[Policy]) -> bool:
+        """Whether this server knows of queries what the policy needs."""
+        if self.queries is None:
+            return not policy.needs_statistics
+        return not policy.needs_second_moments or self.queries.variance is not None
+
     def check_runnable(self, settings: KvPolicyConfig) -> None:
         """Raise `KvPolicyError` if this server lacks what the policy of `settings` needs."""
         if not settings.enabled:
@@ -88,6 +94,11 @@ class Runtime:
             raise KvPolicyError(
                 f"--kv-policy {settings.policy} needs query statistics, and this server was "
                 "started without any: give --kv-stats FILE."
+            )
+        if not self.has_statistics_for(policy):
+            raise KvPolicyError(
+                f"--kv-policy {settings.policy} needs E|q|^2, which this server's --kv-stats file "
+                "lacks, as official files do: use --kv-stats auto, or --kv-policy triattention."
             )
         if policy.needs_live_queries:
             raise KvPolicyError(

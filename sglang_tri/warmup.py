@@ -37,7 +37,7 @@ def run(runtime: Runtime, variants: Iterable[KvPolicyConfig]) -> None:
     """
     for settings in variants:
         policy = POLICIES[settings.policy]
-        if policy.needs_statistics and runtime.queries is None:
+        if not runtime.has_statistics_for(policy):
             continue  # No request may ask for it, see `Runtime.check_runnable`.
         candidates = _padding(runtime, settings)
         # A workspace in which each layer is a part of its own.

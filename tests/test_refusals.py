@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,16 @@ def test_the_real_command_line(servers: Any) -> None:
     assert "--kv-stats no/such.pt does not exist" in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert "Load weight" not in result.stderr + result.stdout
+
+
+def test_second_moments_that_a_file_lacks(servers: Any, server_args: Any) -> None:
+    """Official files lack them; ours have them."""
+    official = str(servers.model("qwen3") / "stats.pt")
+    settings = KvPolicyConfig(policy="triattention", stats=official)
+    launch.check_statistics(settings, server_args.get_model_config())
+    asked = replace(settings, policy="triattention-variance")
+    with pytest.raises(KvPolicyError, match=r"--kv-stats .*stats.pt lacks E\|q\|\^2.*auto makes"):
+        launch.check_statistics(asked, server_args.get_model_config())
 
 
 def test_reuse_without_a_prefix_cache(server_args: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,7 @@ def fits(method: str, budget: int, interval: int) -> bool:
 SERVED = {
     "full": "none",
     "triattention": "triattention",
+    "variance instead": "triattention-variance",
     "streaming": "streaming",
     "random": "random",
 }

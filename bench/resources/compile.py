@@ -37,7 +37,7 @@ _TYPES = {
     "pointers": "*i64",
     "key_scale": "*fp32",
     "centre": "*fp32",
-    "magnitude": "*fp32",
+    "weights": "*fp32",
     "frequencies": "*fp64",
     "positions": "*i64",
     **dict.fromkeys(("longest", "requests", "layers", "most", "has_earlier"), "i32"),

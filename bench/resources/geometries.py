@@ -28,6 +28,7 @@ class Geometry:
         dtype: of the cache.
         page_size: tokens per page.
         mode, keep_order: of the selection.
+        squared: whether squares of moduli are weighed.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Geometry:
     page_size: int = 1
     mode: str = "per-head"
     keep_order: bool = False
+    squared: bool = False
 
     def variants(self, device: Traits) -> dict[str, dict[str, Any]]:
         """Constants of each kernel, by its name."""
@@ -55,7 +57,7 @@ class Geometry:
         )
         heads = 1 if self.mode == "union" else self.kv_heads
         return {
-            "score": score_triton.variant(cache, queries, False, device),
+            "score": score_triton.variant(cache, queries, False, device, self.squared),
             "select": select_triton.variant(
                 self.query_heads, heads, self.mode, self.keep_order, self.page_size
             ),
@@ -67,6 +69,7 @@ SHIPPED = (
     Geometry("Qwen3-8B", 32, 8, 128),
     Geometry("Qwen3-8B, per layer", 32, 8, 128, mode="per-layer-per-head"),
     Geometry("Qwen3-8B, union, pages of 64", 32, 8, 128, page_size=64, mode="union"),
+    Geometry("Qwen3-8B, variance", 32, 8, 128, squared=True),
     Geometry("Llama-3-70B", 64, 8, 128, keep_order=True),
     Geometry("Qwen2.5-7B", 28, 4, 128),
     Geometry("Qwen2.5-0.5B", 14, 2, 64),

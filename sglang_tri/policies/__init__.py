@@ -4,7 +4,8 @@ from sglang_tri.policies.base import Policy
 from sglang_tri.policies.random import Random
 from sglang_tri.policies.streaming import Streaming
 from sglang_tri.policies.triattention import TriAttention
+from sglang_tri.policies.variance import TriAttentionVariance
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (TriAttention, Streaming, Random)
+    policy.name: policy for policy in (TriAttention, TriAttentionVariance, Streaming, Random)
 }

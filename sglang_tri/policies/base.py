@@ -82,6 +82,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     needs_statistics: ClassVar[bool] = False
+    needs_second_moments: ClassVar[bool] = False
     needs_live_queries: ClassVar[bool] = False
     keeps_order: ClassVar[bool] = False
 

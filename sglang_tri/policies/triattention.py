@@ -23,4 +23,5 @@ class TriAttention(ScoringPolicy):
             candidates.logical,
             candidates.key_scale,
             candidates.workspace,
+            self.needs_second_moments,
         )

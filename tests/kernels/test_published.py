@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,12 @@ def published_score(
     positions: torch.Tensor,
     logical: int,
     kv_heads: int,
+    squared: bool = False,
 ) -> torch.Tensor:
-    """arXiv 2604.04921, offset by offset, from keys [layers, n, kv_heads, D] before RoPE."""
+    """arXiv 2604.04921, offset by offset, from keys [layers, n, kv_heads, D] before RoPE.
+
+    squared: with the variance of a Gaussian query in place of the norm term.
+    """
     layers, heads, pairs = statistics.q_mean.shape
     first, second = frequency_pairs(rope.head_dim, rope.rotary_dim, rope.interleaved)
     key = torch.complex(keys[..., first].double(), keys[..., second].double())
@@ -76,8 +81,14 @@ def published_score(
         turn = torch.polar(torch.ones_like(phase), phase)
         logit = (mean[:, None] * key.conj() * turn[None, :, None]).real
         total += (factor**2 * logit).sum(-1)
-    spread = statistics.q_abs.double() - mean.abs()
-    magnitude = (factor**2 * spread[:, None] * key.abs()).sum(-1)
+    if squared:
+        variance = statistics.q_square.double() - mean.abs() ** 2
+        # Half of the variance of q k / sqrt(D), of which a pair's real part has half; in its units.
+        spread = variance[:, None] * (factor**2 * key.abs()) ** 2
+        magnitude = spread.sum(-1) / 4 / math.sqrt(rope.head_dim)
+    else:
+        spread = statistics.q_abs.double() - mean.abs()
+        magnitude = (factor**2 * spread[:, None] * key.abs()).sum(-1)
     return (total / len(offsets) + magnitude).transpose(1, 2)
 
 
@@ -101,6 +112,7 @@ def scores_of(
     rope: Rope,
     logical: int,
     device: torch.device,
+    squared: bool = False,
 ) -> torch.Tensor:
     """float32 [layers, 1, query_heads, candidates], from slot buffers."""
     count = len(slots)
@@ -112,6 +124,7 @@ def scores_of(
         pages,
         virtual_queries(statistics, rope, device),
         torch.tensor([logical], device=device),
+        squared=squared,
     ).rows.cpu()
 
 
@@ -122,18 +135,19 @@ def compare(
     logical: int,
     device: torch.device,
     tolerance: float,
+    squared: bool = False,
 ) -> None:
     layers, _, head_dim = statistics.shape
     count = 40
     generator = torch.Generator().manual_seed(1)
     keys = torch.randn(layers, count, kv_heads, head_dim, generator=generator)
     positions = torch.randperm(logical, generator=generator)[:count]
-    expected = published_score(statistics, rope, keys, positions, logical, kv_heads)
+    expected = published_score(statistics, rope, keys, positions, logical, kv_heads, squared)
 
     slots = torch.randperm(3 * count, generator=generator)[:count]
     cache = torch.full((layers, 3 * count, kv_heads, head_dim), math.nan)
     cache[:, slots] = rotate(keys, positions, rope)
-    actual = scores_of(list(cache), slots, statistics, rope, logical, device)
+    actual = scores_of(list(cache), slots, statistics, rope, logical, device, squared)
     scale = expected.abs().max()
     close = {"rtol": 0, "atol": tolerance}
     torch.testing.assert_close(actual[:, 0].double() / scale, expected / scale, **close)
@@ -167,6 +181,15 @@ def test_partial_rotary_and_pairing(
         device=device,
         tolerance=tolerance,
     )
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+def test_variance_for_the_norm_term(device: torch.device, tolerance: float, factor: float) -> None:
+    frequencies = 1e4 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    made = made_statistics(2, 8, 64)
+    statistics = replace(made, q_square=made.q_abs.square() * 1.5)
+    rope = Rope(frequencies, factor, 64, False)
+    compare(statistics, rope, 2, 5_000, device, tolerance, squared=True)
 
 
 @pytest.mark.parametrize("wrong", [1.0, 1.2**2, 1.2**3])

@@ -54,6 +54,7 @@ class Engine:
             (1e4 ** (-torch.arange(0, 1, 2 / DIM, dtype=torch.float64))).to(device),
             DIM,
             False,
+            torch.rand(*shape, DIM // 2, generator=generator).to(device),
         )
         cache = Cache.of(self.buffers[:LAYERS], self.buffers[LAYERS:], page_size)
         self.traced: list[torch.Tensor] = []
@@ -136,6 +137,17 @@ def test_a_budget_that_cannot_be_scored_is_refused() -> None:
         engine.runtime.check_runnable(replace(SETTINGS, budget=8192))
 
 
+def test_second_moments_that_statistics_lack_are_asked_for() -> None:
+    runtime = Engine(torch.device("cpu")).runtime
+    asked = replace(SETTINGS, policy="triattention-variance")
+    runtime.check_runnable(asked)
+    runtime.queries = replace(runtime.queries, variance=None)
+    runtime.check_runnable(SETTINGS)
+    with pytest.raises(KvPolicyError, match=r"triattention-variance needs E\|q\|\^2"):
+        runtime.check_runnable(asked)
+    warmup.run(runtime, warmup.all_settings(SETTINGS, per_request=True))
+
+
 class Recorder:
     """A kernel that notes for which constants, and types of arguments, it is launched."""
 
@@ -171,9 +183,9 @@ def test_no_kernel_is_compiled_after_the_warm_up(
     assert torch.equal(rest, before[:, 4:])
     assert padding.isfinite().all()
     warmed = set(seen)
-    # One score kernel, a select kernel for each mode and one for a random score that all layers
-    # share, and one to move rows of all heads alike.
-    assert len(warmed) == (7 if per_request else 3)
+    # A score kernel and one that squares moduli, a select kernel for each mode and one for a random
+    # score that all layers share, and two to move rows, one of them of all heads alike.
+    assert len(warmed) == (8 if per_request else 3)
     for settings in variants:
         small = Parts.smallest(
             Geometry(LAYERS, 4, HEADS, settings.eviction_mode == MODES[1], 64, 40)

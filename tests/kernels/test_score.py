@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
+CPU = torch.device("cpu")
 FIXTURES = HealthCheck.function_scoped_fixture
 SLOW = settings(max_examples=12, deadline=None, suppress_health_check=[FIXTURES])
 
@@ -39,12 +41,13 @@ def make_queries(
         torch.cat([rotated, still]),
         rotary_dim,
         interleaved,
+        torch.rand(layers, heads, head_dim // 2, generator=generator),
     )
 
 
 def on(queries: Queries, device: torch.device) -> Queries:
-    parts = queries.centre, queries.magnitude, queries.frequencies
-    return Queries(*(part.to(device) for part in parts), queries.rotary_dim, queries.interleaved)
+    moved = {name: part.to(device) for name, part in vars(queries).items() if torch.is_tensor(part)}
+    return replace(queries, **moved)
 
 
 def make_keys(layout: Paged, layers: int, heads: int, dim: int, dtype: torch.dtype) -> list:
@@ -62,7 +65,11 @@ def make_keys(layout: Paged, layers: int, heads: int, dim: int, dtype: torch.dty
 
 
 def expected(
-    layout: Paged, keys: list[torch.Tensor], queries: Queries, positions: list[int]
+    layout: Paged,
+    keys: list[torch.Tensor],
+    queries: Queries,
+    positions: list[int],
+    squared: bool = False,
 ) -> list[torch.Tensor]:
     """For each request float64 [layers, query_heads, candidates]."""
     first, second = frequency_pairs(
@@ -83,8 +90,9 @@ def expected(
             key = key.double().repeat_interleave(queries.heads // heads, 0)
             pair = torch.complex(key[..., first], key[..., second])
             logit = torch.einsum("hf,hnf->hn", centre[layer], pair.conj()).real
-            weight = queries.magnitude[layer].double()
-            layers.append(logit + torch.einsum("hf,hnf->hn", weight, pair.abs()))
+            weight = (queries.variance if squared else queries.magnitude)[layer].double()
+            modulus = pair.abs() ** (2 if squared else 1)
+            layers.append(logit + torch.einsum("hf,hnf->hn", weight, modulus))
         found.append(torch.stack(layers))
     return found
 
@@ -111,6 +119,7 @@ def run(
     kv_heads: int,
     device: torch.device,
     scale: torch.Tensor | None = None,
+    squared: bool = False,
 ) -> None:
     keys = make_keys(layout, queries.layers, kv_heads, 2 * queries.pairs, dtype)
     positions = [7 + 30_011 * request for request in range(len(layout.counts))]
@@ -121,11 +130,12 @@ def run(
         on_device,
         torch.tensor(positions, device=device),
         None if scale is None else scale.to(device),
+        squared=squared,
     )
     readable = [layer.float() for layer in keys]
     if scale is not None:
         readable = [layer * factor for layer, factor in zip(readable, scale, strict=True)]
-    agree(found, expected(layout, readable, queries, positions))
+    agree(found, expected(layout, readable, queries, positions, squared))
 
 
 @SLOW
@@ -155,9 +165,24 @@ def test_partial_rotary_and_pairing(
     run(FIXED, torch.float16, make_queries(1, 3, head_dim, rotary_dim, interleaved), 1, device)
 
 
+@pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_scales_of_keys(device: torch.device, dtype: torch.dtype) -> None:
-    run(FIXED, dtype, make_queries(2, 4, 64, 64, False), 2, device, torch.tensor([0.25, 3.0]))
+def test_scales_of_keys(device: torch.device, dtype: torch.dtype, squared: bool) -> None:
+    scale = torch.tensor([0.25, 3.0])
+    run(FIXED, dtype, make_queries(2, 4, 64, 64, False), 2, device, scale, squared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squares_of_moduli(device: torch.device, dtype: torch.dtype) -> None:
+    run(FIXED, dtype, make_queries(2, 6, 80, 48, False), 2, device, squared=True)
+
+
+def test_squares_of_moduli_need_weights_of_their_own() -> None:
+    queries = make_queries(1, 2, 64, 64, False)
+    with pytest.raises(ValueError, match="do not fit together"):
+        replace(queries, variance=torch.zeros(1, 2, 31))
+    with pytest.raises(ValueError, match="no variance"):
+        run(FIXED, torch.float32, replace(queries, variance=None), 1, CPU, squared=True)
 
 
 def test_more_candidates_than_a_stretch(device: torch.device) -> None:
