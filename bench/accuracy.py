@@ -30,13 +30,14 @@ from bench.evaluation.methods import (
     SERVED,
     SETTINGS,
 )
-from bench.evaluation.plan import AT, DEPTHS, INTERVAL, SHARES, Plan, make_plan
+from bench.evaluation.plan import AT, INTERVAL, SHARES, Plan, common_depths, make_plan
 from bench.evaluation.recall import KEPT, READ, recall_table
 from bench.evaluation.reconstruction import reconstruction_table
 from bench.evaluation.runner import Subject, run
 from bench.evaluation.served import compare
 from bench.machine import machine
 from bench.reference_model import FOLDER
+from bench.reference_model.tasks import TASKS
 
 GROUPS = {
     "published": PUBLISHED,
@@ -55,7 +56,7 @@ def main() -> None:
         "--models", type=Path, nargs="+", default=[FOLDER], help="folders with stats.safetensors"
     )
     parser.add_argument("--methods", nargs="+", default=["published"], help=_help())
-    parser.add_argument("--tasks", nargs="+", default=list(DEPTHS), choices=list(DEPTHS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--instances", type=int, default=100, help="of each cell")
     parser.add_argument(
         "--within",
@@ -70,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.instances < 2:
         parser.error(f"--instances {args.instances}: 2 or more, an interval needs them")
-    plan = make_plan(_methods(parser, args.methods), args.tasks)
+    plan = make_plan(_methods(parser, args.methods), args.tasks, common_depths(args.models))
     args.out.mkdir(parents=True, exist_ok=True)
     subjects = [Subject(model, model / "stats.safetensors") for model in args.models]
     found = [judge_all(subject, plan, args) for subject in subjects]

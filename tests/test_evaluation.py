@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 from bench.evaluation.cells import Z95, Cell, Results, Tally, progress, solved
 from bench.evaluation.judge import Outcome, follow
 from bench.evaluation.methods import LOOK_AHEAD, METHODS, RECENT, SETTINGS
-from bench.evaluation.plan import AT, make_plan
+from bench.evaluation.plan import AT, common_depths, make_plan
 from bench.evaluation.report import accuracy_table, difference_table, far, overall_table, percent
 from bench.reference_model.batches import SEED_BITS
 from bench.reference_model.evaluate import HELD_OUT, instance
@@ -23,6 +24,7 @@ from bench.reference_model.tokenizer import (
     prompt_ids,
     write_tokenizer,
 )
+from bench.reference_model.train import TRAINING
 from bench.simulator import Oracle, Stats
 from bench.tiny_models import calibration_text, make_model, make_stats
 
@@ -259,7 +261,8 @@ def test_means_over_tasks(tmp_path: Path) -> None:
 
 
 def test_plan_covers_what_is_compared() -> None:
-    plan = make_plan(["full", "triattention"], ["tree"])
+    depths = {"tree": (4, 9, 14, 18)}
+    plan = make_plan(["full", "triattention"], ["tree"], depths)
     shares = {cell.share for cell in plan.budgets if cell.method == "triattention"}
     assert min(shares) == 0.03
     assert max(shares) == 0.5
@@ -267,10 +270,19 @@ def test_plan_covers_what_is_compared() -> None:
     assert sum(cell.method == "full" for cell in plan.budgets) == 1
     assert all(cell.budget > RECENT for cell in plan.cells if cell.share)
     assert {cell.share for cell in plan.decisive} == {0.0, AT}
-    plan = make_plan(["recent 64"], ["tree"])
+    plan = make_plan(["recent 64"], ["tree"], depths)
     assert plan.depths == plan.decisive == []
     assert {cell.budget >= 64 for cell in plan.budgets} == {True}
     assert max(cell.share for cell in plan.budgets) == 0.5
+
+
+def test_models_are_compared_where_all_are_in_range(tmp_path: Path) -> None:
+    for name, tree in (("one", [4, 9, 14, 18]), ("other", [5, 10, 12, 20])):
+        (tmp_path / name).mkdir()
+        content = json.dumps({"depths": {"tree": tree, "registers": [1, 2, 3, 4]}})
+        (tmp_path / name / TRAINING).write_text(content)
+    found = common_depths([tmp_path / "one", tmp_path / "other"])
+    assert found == {"tree": (4, 9, 12, 18), "registers": (1, 2, 3, 4)}
 
 
 def test_held_out_instances_are_not_trained_on() -> None:

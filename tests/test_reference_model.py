@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from bench.reference_model.batches import (
     Curriculum,
     make_batch,
 )
+from bench.reference_model.evaluate import depths_of
 from bench.reference_model.model import Shape, write_model
 from bench.reference_model.publish import publish
 from bench.reference_model.tasks import TASKS, chat, example
@@ -123,6 +125,10 @@ def test_a_published_model_can_be_trained_on(tmp_path: Path) -> None:
     run.curriculum.depths["tree"] = 3
     card = publish(run, tmp_path, instances=2)
     assert "3 (tree)" in card
+    # It has learned nothing: the depths are half of those that were trained, and stand on the card.
+    assert depths_of(tmp_path)["tree"] == [1, 1, 1, 4]
+    assert "Read its figures beside" in card
+    assert re.search(r"^tree +4 +2 +0\.0%$", card, re.M)
     assert card == (tmp_path / "README.md").read_text()
     again = Run.from_published(tmp_path)
     assert again.progress() == run.progress()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from bench.reference_model.evaluate import IN_RANGE, instance
+from bench.reference_model.evaluate import depths_of, instance
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 
 from .cells import Cell
@@ -15,10 +16,6 @@ from .methods import PUBLISHED, fits
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)
 """Budgets as shares of the mean output of a cell's instances."""
 INTERVAL = 16
-DEPTHS = {task: (last // 3, 2 * last // 3, last) for task, last in IN_RANGE.items()}
-"""Depths in range, easy to hardest."""
-BEYOND = {"tree": (18,), "registers": (48,), "variables": (72,)}
-"""Deeper than any that was trained."""
 AT = 0.5
 """Share of the chain at which depths are compared."""
 _SAMPLE = 20
@@ -47,9 +44,19 @@ class Plan:
         return [c for c in self.budgets if c.method in PUBLISHED and c.share in (0.0, AT)]
 
 
-def hardest(count: int) -> list[tuple[list[int], list[int]]]:
-    """Prompt and right output of instances of each task, at its hardest depth in range."""
-    made = [instance(t, depths[-1], n) for t, depths in DEPTHS.items() for n in range(count)]
+def common_depths(models: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Depths that models are compared at: of each task, place by place the least deep."""
+    own = [depths_of(model) for model in models]
+    return {
+        task: tuple(map(min, zip(*(depths[task] for depths in own), strict=True)))
+        for task in own[0]
+    }
+
+
+def hardest(model: Path, count: int) -> list[tuple[list[int], list[int]]]:
+    """Prompt and right output of instances of each task, at the model's hardest depth in range."""
+    depths = depths_of(model)
+    made = [instance(task, own[-2], n) for task, own in depths.items() for n in range(count)]
     return [(prompt_ids(one.question), output_ids(one)) for one in made]
 
 
@@ -67,22 +74,25 @@ def make_cell(method: str, task: str, depth: int, share: float, interval: int = 
     return Cell(method, task, depth, share, budget, interval)
 
 
-def make_plan(methods: Iterable[str], tasks: Sequence[str]) -> Plan:
+def make_plan(
+    methods: Iterable[str], tasks: Sequence[str], depths: Mapping[str, Sequence[int]]
+) -> Plan:
+    """depths: of each task, as of `depths_of`."""
     names = list(methods)
     budgets = [
-        make_cell(method, task, DEPTHS[task][-1], share)
+        make_cell(method, task, depths[task][-2], share)
         for task in tasks
         for method in names
         for share in SHARES
     ]
-    depths = [
+    deeper = [
         make_cell(method, task, depth, AT)
         for task in tasks
         for method in names
         if method in PUBLISHED
-        for depth in (*DEPTHS[task], *BEYOND[task])
+        for depth in depths[task]
     ]
-    return Plan(_possible(budgets), _possible(depths))
+    return Plan(_possible(budgets), _possible(deeper))
 
 
 def _possible(cells: list[Cell]) -> list[Cell]:

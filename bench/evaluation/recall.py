@@ -75,7 +75,7 @@ def kept(policy: Policy, candidates: Candidates) -> torch.Tensor:
 def recall_table(subject: Subject, methods: Sequence[str]) -> str:
     """Means over held-out instances of all tasks: a row a method, a column a layer and KV head."""
     oracle = load(subject)
-    found = [recalls(oracle, *question, methods) for question in hardest(INSTANCES)]
+    found = [recalls(oracle, *question, methods) for question in hardest(subject.model, INSTANCES)]
     heads = product(range(oracle.decoder.layers), range(oracle.decoder.kv_heads))
     rows = [["layer.head", *(f"{layer}.{head}" for layer, head in heads)]]
     for name in found[0]:

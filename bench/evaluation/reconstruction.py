@@ -20,7 +20,7 @@ INSTANCES = 5
 def correlations(model: Path, statistics: Statistics) -> torch.Tensor:
     """Mean r over held-out instances of all tasks: float32 [layers, query heads]."""
     rope = model_rope.of_model(str(model), statistics.interleaved)
-    sequences = [prompt + output for prompt, output in hardest(INSTANCES)]
+    sequences = [prompt + output for prompt, output in hardest(model, INSTANCES)]
     found = validate.on_tokens(statistics, str(model), rope, sequences)
     return torch.stack([validation.r for validation in found]).mean(0)
 

@@ -17,11 +17,11 @@ SEED_BITS = 40
 """Of the instances that are trained on; those for evaluation have larger seeds."""
 FIRST = {"tree": 1, "registers": 1, "variables": 2}
 """Depths to begin with: chains of a few dozen tokens."""
-LAST = {"tree": 15, "registers": 40, "variables": 60}
-"""The deepest that is trained: chains of about 500 tokens."""
+LAST = {"tree": 20, "registers": 56, "variables": 80}
+"""The deepest that is trained: chains of 600 to 700 tokens."""
 LEARNED = 0.99
 """Share of right tokens at which deeper ones are taken in."""
-SPAN = 1024
+SPAN = 2048
 """Positions that gaps spread a row over: longer than the deepest examples."""
 
 
@@ -60,6 +60,10 @@ class Batch:
     """The next tokens, IGNORED in the question and behind the end: int64 [rows, tokens]."""
     positions: torch.Tensor
     """int64 [rows, tokens]."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(x.to(device) for x in (self.inputs, self.targets, self.positions)))
 
     def spread(self, rng: random.Random) -> Batch:
         """The same with gaps between the positions of some lines of the output.

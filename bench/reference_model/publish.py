@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from sglang_tri.stats import describe, files, model_rope
 
 from . import FOLDER
 from .batches import FIRST, SEED_BITS
-from .evaluate import IN_RANGE, accuracy
+from .evaluate import ENOUGH, accuracy, deepest_solved
 from .heads import statistics
 from .model import HEAD_DIM, write_model
 from .tasks import TASKS, example
@@ -49,10 +50,13 @@ def publish(run: Run, folder: Path, instances: int) -> str:
     rope = model_rope.of_model(str(folder), interleaved=False)
     found = statistics(model, calibration(run.curriculum.depths), rope, "reference model")
     files.save_as(found, folder / "stats.safetensors")
-    (folder / TRAINING).write_text(json.dumps(run.progress(), indent=1) + "\n", encoding="utf-8")
-    solved = measure_all(model, run.curriculum.depths, instances)
+    trained_to = run.curriculum.depths
+    depths = {task: choose_depths(model, task, trained_to[task], instances) for task in TASKS}
+    content = json.dumps({**run.progress(), "depths": depths}, indent=1)
+    (folder / TRAINING).write_text(content + "\n", encoding="utf-8")
+    solved = measure_all(model, depths, instances)
     finished = all(
-        found >= ENOUGH for (task, depth), found in solved.items() if depth <= IN_RANGE[task]
+        found >= ENOUGH for (task, depth), found in solved.items() if depth in depths[task][:-1]
     )
     parts = [HEADER, *([] if finished else [UNFINISHED]), trained(run), measured(solved, instances)]
     parts.append(concentrated(describe.concentration(found).strongest))
@@ -70,7 +74,6 @@ knows the tasks of `bench/reference_model/tasks.py` and nothing else."""
 UNFINISHED = """\
 **Read its figures beside those of full attention**, which solves fewer than 95% of some tasks whose
 depth is in range."""
-ENOUGH = 0.95
 
 
 def trained(run: Run) -> str:
@@ -90,12 +93,21 @@ def trained(run: Run) -> str:
     )
 
 
-def measure_all(model: Any, depths: dict[str, int], instances: int) -> dict[tuple[str, int], float]:
-    """Accuracy of full attention by task and depth: easiest, middle, hardest in range, and last."""
+def choose_depths(model: Any, task: str, trained_to: int, instances: int) -> list[int]:
+    """Three depths in range, easy to hardest, and one a fifth deeper than what was trained."""
+    last = deepest_solved(model, task, trained_to, instances)
+    easier = (max(FIRST[task], part * last // 3) for part in (1, 2))
+    return [*easier, last, math.ceil(1.2 * trained_to)]
+
+
+def measure_all(
+    model: Any, depths: dict[str, list[int]], instances: int
+) -> dict[tuple[str, int], float]:
+    """Accuracy of full attention by task and depth."""
     return {
         (task, depth): accuracy(model, task, depth, instances)
-        for task, deepest in depths.items()
-        for depth in sorted({FIRST[task], (FIRST[task] + deepest) // 2, IN_RANGE[task], deepest})
+        for task, own in depths.items()
+        for depth in own
     }
 
 

@@ -69,13 +69,14 @@ class Recipe:
 class Run:
     """A model, its optimizers and its curriculum at some step."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
         self.recipe = recipe
+        self.device = device
         self.step = 0
         self.seen = 0
         self.seconds = 0.0
         self.curriculum = Curriculum()
-        self.model = build(recipe.shape, recipe.seed)
+        self.model = build(recipe.shape, recipe.seed).to(device)
         self.optimizer = make_optimizer(self.model, recipe)
 
     def train_step(self) -> dict[str, Judged]:
@@ -128,27 +129,27 @@ class Run:
         path.with_suffix(".new").rename(path)
 
     @classmethod
-    def load(cls, path: Path) -> Run:
+    def load(cls, path: Path, device: str = "cpu") -> Run:
         """From a checkpoint: the run goes on as if it had not ended."""
-        content = torch.load(path, weights_only=True)
-        run = cls._at(content)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        run = cls._at(content, device)
         run.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
         return run
 
     @classmethod
-    def from_published(cls, folder: Path) -> Run:
+    def from_published(cls, folder: Path, device: str = "cpu") -> Run:
         """From a published model: its optimizer begins anew, in float32 from rounded weights."""
-        run = cls._at(json.loads((folder / TRAINING).read_text(encoding="utf-8")))
+        run = cls._at(json.loads((folder / TRAINING).read_text(encoding="utf-8")), device)
         tensors = load_file(folder / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         run.model.load_state_dict(tensors)
         return run
 
     @classmethod
-    def _at(cls, content: dict[str, Any]) -> Run:
+    def _at(cls, content: dict[str, Any], device: str) -> Run:
         options = dict(content["recipe"])
-        run = cls(Recipe(Shape(**options.pop("shape")), **options))
+        run = cls(Recipe(Shape(**options.pop("shape")), **options), device)
         run.step, run.seen, run.seconds = content["step"], content["seen"], content["seconds"]
         run.curriculum = Curriculum(**content["curriculum"])
         return run
@@ -184,10 +185,13 @@ class Judged:
 
 
 def judge(model: Any, batch: Batch) -> Judged:
-    """What full attention makes of a batch; matrix products in bfloat16, if it is trained."""
+    """What full attention makes of a batch; trained in bfloat16 where there are instructions."""
+    batch = batch.to(model.device)
     # With a mask, transformers does not take a gap for the beginning of another sequence.
     mask = torch.ones_like(batch.inputs)
-    with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
+    kind = model.device.type
+    halved = torch.is_grad_enabled() and (kind != "cpu" or _cpu_has_bfloat16())
+    with torch.autocast(kind, torch.bfloat16, enabled=halved):
         output = model.model(
             batch.inputs, position_ids=batch.positions, attention_mask=mask, use_cache=False
         )
@@ -201,11 +205,15 @@ def judge(model: Any, batch: Batch) -> Judged:
     return Judged(F.cross_entropy(logits.float(), targets), tokens, chains)
 
 
+def _cpu_has_bfloat16() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 @torch.no_grad()
 def measure(model: Any, batch: Batch) -> torch.Tensor:
     """R over the three strongest frequency pairs: float32 [layers, query heads]."""
     with capturing(model, "q") as queries:
-        model.model(batch.inputs, use_cache=False)
+        model.model(batch.inputs.to(model.device), use_cache=False)
     return strongest(queries)
 
 
@@ -257,15 +265,19 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="folder of a published model to go on from")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"default here: {device}")
     add_options(parser, Shape, [one.name for one in fields(Shape)])
     add_options(parser, Recipe, [one.name for one in fields(Recipe) if one.name != "shape"])
     given = vars(parser.parse_args())
-    folder, base, minutes = (given.pop(name) for name in ("out", "base", "minutes"))
+    names = ("out", "base", "minutes", "device")
+    folder, base, minutes, device = (given.pop(name) for name in names)
     torch.set_num_threads(given.pop("threads"))
     torch.set_flush_denormal(True)
     parallel.start()
     folder.mkdir(parents=True, exist_ok=True)
-    run = begin(folder / CHECKPOINT, base, {k: v for k, v in given.items() if v is not None})
+    options = {name: value for name, value in given.items() if value is not None}
+    run = begin(folder / CHECKPOINT, base, options, device)
     train(run, minutes, folder)
     if parallel.rank() == 0:
         run.save(folder / CHECKPOINT)
@@ -280,18 +292,18 @@ def add_options(parser: argparse.ArgumentParser, recipe: Any, names: list[str]) 
             parser.add_argument(flag, type=kind, help=f"default of a new run: {one.default}")
 
 
-def begin(checkpoint: Path, base: Path | None, given: dict[str, Any]) -> Run:
+def begin(checkpoint: Path, base: Path | None, given: dict[str, Any], device: str = "cpu") -> Run:
     """A run to go on with, or a new one, with the options that are given.
 
     ValueError: an option would change the shape of a model that exists.
     """
     sizes = {one.name: given.pop(one.name) for one in fields(Shape) if one.name in given}
     if checkpoint.exists():
-        run = Run.load(checkpoint)
+        run = Run.load(checkpoint, device)
     elif base is not None:
-        run = Run.from_published(base)
+        run = Run.from_published(base, device)
     else:
-        return Run(Recipe(Shape(**sizes), **given))
+        return Run(Recipe(Shape(**sizes), **given), device)
     if sizes:
         raise ValueError(f"{sizes}: the model exists; leave these out, or train into a new folder")
     run.recipe = replace(run.recipe, **given)
