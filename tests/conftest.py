@@ -73,6 +73,7 @@ class Servers:
             path = self._folder / kind
             if kind == "reference":
                 shutil.copytree(FOLDER, path)
+                stats.save_as(stats.load(path / "stats.safetensors"), path / "stats.pt")
             else:
                 make_stats(make_model(kind, path), path / "stats.pt")
             self._models[kind] = path
@@ -88,7 +89,7 @@ class Servers:
             if setup.policy:
                 arguments += ["--kv-policy", "triattention"]
                 if not setup.automatic:
-                    arguments += ["--kv-stats", str(model / setup.statistics)]
+                    arguments += ["--kv-stats", str(model / "stats.pt")]
                 arguments += ["--kv-budget", str(BUDGET), "--kv-interval", str(INTERVAL)]
             environment = {
                 "SGLANG_KV_POLICY_PER_REQUEST": "1",

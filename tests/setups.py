@@ -58,11 +58,6 @@ class Setup:
     environment: dict[str, str] = field(default_factory=lambda: dict(STRICT))
 
     @property
-    def statistics(self) -> str:
-        """The file in the model's folder; official ones lack second moments."""
-        return "stats.safetensors" if self.kind == "reference" else "stats.pt"
-
-    @property
     def page_size(self) -> int:
         return 4 if "--page-size" in self.arguments else 1
 

@@ -165,7 +165,7 @@ def test_the_real_command_line(servers: Any) -> None:
 
 
 def test_second_moments_that_a_file_lacks(servers: Any, server_args: Any) -> None:
-    """Official files lack them; ours have them."""
+    """Official files lack them."""
     official = str(servers.model("qwen3") / "stats.pt")
     settings = KvPolicyConfig(policy="triattention", stats=official)
     launch.check_statistics(settings, server_args.get_model_config())

@@ -20,6 +20,8 @@ APART = 1 << 20
 """Held-out instances from this number on are for `deepest_solved`."""
 ENOUGH = 0.95
 """Share that full attention has to solve of a depth that is in range."""
+MARGIN = 0.02
+"""More than ENOUGH by so much, and a depth is chosen: other instances shall show ENOUGH, too."""
 _TOKENS = 8192
 
 
@@ -59,10 +61,11 @@ def held_out(task: str, depth: int, numbers: Sequence[int]) -> Iterator[Batch]:
 
 
 def deepest_solved(model: Any, task: str, trained: int, instances: int) -> int:
-    """The deepest of some depths up to `trained` at which ENOUGH is solved; else half of it.
+    """The deepest of some depths up to `trained` that is solved, with MARGIN; else half of it.
 
     By instances that no other figure is of.
     """
     steps = sorted({max(1, trained * part // 20) for part in range(10, 21)}, reverse=True)
-    solved = (d for d in steps if accuracy(model, task, d, instances, APART) >= ENOUGH)
+    enough = ENOUGH + MARGIN
+    solved = (d for d in steps if accuracy(model, task, d, instances, APART) >= enough)
     return next(solved, steps[-1])
