@@ -71,7 +71,6 @@ class Run:
 
     def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
         self.recipe = recipe
-        self.device = device
         self.step = 0
         self.seen = 0
         self.seconds = 0.0
