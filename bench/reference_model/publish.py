@@ -48,9 +48,9 @@ def publish(run: Run, folder: Path, instances: int) -> str:
     write_model(run.model, run.recipe.shape, folder, torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rope = model_rope.of_model(str(folder), interleaved=False)
-    found = statistics(model, calibration(run.curriculum.depths), rope, "reference model")
-    files.save_as(found, folder / "stats.safetensors")
     trained_to = run.curriculum.depths
+    found = statistics(model, calibration(trained_to), rope, "reference model")
+    files.save_as(found, folder / "stats.safetensors")
     depths = {task: choose_depths(model, task, trained_to[task], instances) for task in TASKS}
     content = json.dumps({**run.progress(), "depths": depths}, indent=1)
     (folder / TRAINING).write_text(content + "\n", encoding="utf-8")
@@ -107,7 +107,7 @@ def measure_all(
     return {
         (task, depth): accuracy(model, task, depth, instances)
         for task, own in depths.items()
-        for depth in own
+        for depth in sorted(set(own))
     }
 
 
