@@ -183,6 +183,15 @@ def test_a_model_that_exists_keeps_its_shape(tmp_path: Path) -> None:
         begin(tmp_path / "checkpoint.pt", None, {"layers": 3})
 
 
+def test_a_task_can_come_twice_in_a_step() -> None:
+    once, twice = Run(SMALL), Run(replace(SMALL, twice="variables"))
+    assert once.train_step().keys() == twice.train_step().keys() == TASKS.keys()
+    batch = make_batch("variables", FIRST["variables"], random.Random(0), SMALL.tokens)
+    assert twice.seen - once.seen == pytest.approx(batch.inputs.numel(), rel=0.2)
+    with pytest.raises(ValueError, match="--twice trees: the tasks are tree, registers"):
+        replace(SMALL, twice="trees")
+
+
 def test_training_lowers_the_loss() -> None:
     run = Run(SMALL)
     losses = [run.train_step()["variables"].loss.item() for _ in range(60)]

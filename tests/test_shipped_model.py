@@ -11,19 +11,20 @@ from transformers import AutoModelForCausalLM
 
 from bench.evaluation.cells import Cell
 from bench.evaluation.methods import SERVED
+from bench.evaluation.plan import mean_output
 from bench.evaluation.recall import recalls
 from bench.evaluation.reconstruction import correlations
 from bench.evaluation.runner import Subject, load
 from bench.evaluation.served import agreement
-from bench.reference_model import DIFFUSE, FOLDER
-from bench.reference_model.evaluate import accuracy, instance
+from bench.reference_model import DIFFUSE, FOLDER, LONG
+from bench.reference_model.evaluate import accuracy, depths_of, instance
 from bench.reference_model.tasks import TASKS
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from sglang_tri import stats
 from sglang_tri.stats import describe
 from tests.conftest import Running
 
-MODELS = pytest.mark.parametrize("folder", [FOLDER, DIFFUSE], ids=lambda folder: folder.name)
+MODELS = pytest.mark.parametrize("folder", [FOLDER, DIFFUSE, LONG], ids=lambda f: f.name)
 
 
 def card(folder: Path) -> str:
@@ -41,6 +42,15 @@ def test_the_card_states_the_accuracy(folder: Path, task: str) -> None:
     found = accuracy(model, task, int(depth), int(instances))
     # Another machine may break a near tie otherwise.
     assert 100 * found == pytest.approx(float(solved), abs=100 / int(instances))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_chains_in_range_have_500_tokens(task: str) -> None:
+    """On average, at the deepest of three depths that full attention solves, by the card."""
+    rows = re.findall(rf"^{task} +(\d+) +\d+ +([\d.]+)%$", card(LONG), re.M)
+    assert [int(depth) for depth, _ in rows] == depths_of(LONG)[task]
+    assert all(float(solved) >= 95 for _, solved in rows[:-1])
+    assert mean_output(task, int(rows[-2][0])) >= 500
 
 
 @MODELS

@@ -17,11 +17,11 @@ SEED_BITS = 40
 """Of the instances that are trained on; those for evaluation have larger seeds."""
 FIRST = {"tree": 1, "registers": 1, "variables": 2}
 """Depths to begin with: chains of a few dozen tokens."""
-LAST = {"tree": 15, "registers": 40, "variables": 60}
-"""The deepest that is trained: chains of about 500 tokens."""
+LAST = {"tree": 17, "registers": 50, "variables": 70}
+"""The deepest that is trained: chains of about 550 tokens."""
 LEARNED = 0.99
 """Share of right tokens at which deeper ones are taken in."""
-SPAN = 1024
+SPAN = 2048
 """Positions that gaps spread a row over: longer than the deepest examples."""
 
 

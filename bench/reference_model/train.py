@@ -51,6 +51,8 @@ class Recipe:
     """Share of the batches with gaps between lines."""
     chats: float = 0.2
     """Share of the batches of registers that are chats of two turns."""
+    twice: str = ""
+    """Task of which a step has two batches."""
     concentrate: float = 0.0
     """Nats that 1 - R adds to the loss: R of the three strongest pairs, mean of all heads."""
     lr: float = 1e-3
@@ -59,6 +61,15 @@ class Recipe:
     warmup: int = 100
     cooldown: int = 2000
     """Steps over which the rate falls to zero at the end."""
+
+    def __post_init__(self) -> None:
+        if self.twice and self.twice not in TASKS:
+            raise ValueError(f"--twice {self.twice}: the tasks are {', '.join(TASKS)}")
+
+    @property
+    def tasks(self) -> list[str]:
+        """Of the batches of a step."""
+        return [*TASKS, self.twice] if self.twice else [*TASKS]
 
     def rate(self, step: int) -> float:
         """Learning rate, relative to its greatest."""
@@ -79,13 +90,13 @@ class Run:
         self.optimizer = make_optimizer(self.model, recipe)
 
     def train_step(self) -> dict[str, Judged]:
-        """One batch of each task, and what became of it."""
+        """The batches of a step, and what became of the last of each task."""
         recipe = self.recipe
         # All processes draw the same depths, so that none waits for another.
         rng = random.Random(f"{recipe.seed} {self.step}")
         instances = random.Random(f"{recipe.seed} {self.step} {parallel.rank()}")
         results = {}
-        for task in TASKS:
+        for task in recipe.tasks:
             depth, spread = self.curriculum.draw(task, rng), rng.random() < recipe.spread
             chats = task == "registers" and depth > 1 and rng.random() < recipe.chats
             batch = make_batch(task, depth, instances, recipe.tokens, recipe.rows, chats)
@@ -94,7 +105,7 @@ class Run:
             loss = judged.loss
             if recipe.concentrate:
                 loss = loss + recipe.concentrate * (1.0 - strongest(queries).mean())
-            (loss / len(TASKS)).backward()
+            (loss / len(recipe.tasks)).backward()
             results[task] = judged.agreed()
             if not spread:
                 self.curriculum.report(task, depth, results[task].tokens)
