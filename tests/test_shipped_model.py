@@ -31,13 +31,16 @@ def card(folder: Path) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
+def solved_by_card(folder: Path, task: str) -> list[tuple[str, str, str]]:
+    """Depth, instances and percent solved, a row each."""
+    return re.findall(rf"^{task} +(\d+) +(\d+) +([\d.]+)%$", card(folder), re.M)
+
+
 @MODELS
 @pytest.mark.parametrize("task", TASKS)
 def test_the_card_states_the_accuracy(folder: Path, task: str) -> None:
     """The first row of each task, over again."""
-    depth, instances, solved = re.findall(
-        rf"^{task} +(\d+) +(\d+) +([\d.]+)%$", card(folder), re.M
-    )[0]
+    depth, instances, solved = solved_by_card(folder, task)[0]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = accuracy(model, task, int(depth), int(instances))
     # Another machine may break a near tie otherwise.
@@ -47,9 +50,9 @@ def test_the_card_states_the_accuracy(folder: Path, task: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_chains_in_range_have_500_tokens(task: str) -> None:
     """On average, at the deepest of three depths that full attention solves, by the card."""
-    rows = re.findall(rf"^{task} +(\d+) +\d+ +([\d.]+)%$", card(LONG), re.M)
-    assert [int(depth) for depth, _ in rows] == depths_of(LONG)[task]
-    assert all(float(solved) >= 95 for _, solved in rows[:-1])
+    rows = solved_by_card(LONG, task)
+    assert [int(depth) for depth, *_ in rows] == depths_of(LONG)[task]
+    assert all(float(solved) >= 95 for *_, solved in rows[:-1])
     assert mean_output(task, int(rows[-2][0])) >= 500
 
 
