@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_tri import footprint
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active, resume
+from sglang_tri.patches import active, request_lifetime, request_settings, resume
 from sglang_tri.patches import sglang_0517 as adapter
 
 if TYPE_CHECKING:
@@ -38,12 +38,13 @@ def bound_output(original: Callable[..., None], scheduler: Scheduler, req: Req) 
         req.sampling_params.min_new_tokens = min(least, wanted)
     elif asked is not None:
         pool, prompt = scheduler.max_total_num_tokens, len(req.origin_input_ids)
-        req.set_finish_with_abort(
+        request_lifetime.refuse(
+            req,
             f"a prompt of {prompt} tokens and max_new_tokens {asked} need {prompt} + {needed} KV "
             f"slots at once (--kv-budget {settings.budget} and --kv-interval "
             f"{settings.interval}{', for thinking and answer each' if regions == 2 else ''}), the "
             f"pool has {pool}: use a shorter prompt, max_new_tokens {max(0, clipped)} or less, or "
-            "a smaller --kv-budget."
+            "a smaller --kv-budget.",
         )
 
 
@@ -51,9 +52,9 @@ def _settings(req: Req) -> KvPolicyConfig | None:
     """The request's settings; None where its policy is `none`, or it is refused in any case."""
     if req.to_finish is not None:
         return None
-    runtime = active.get().runtime
+    server = active.get().runtime.settings
     try:
-        settings = runtime.settings_of(adapter.request_overrides(req))
+        settings = request_settings.settings_of(server, adapter.custom_params(req))
     except KvPolicyError:
         return None  # `request_lifetime.admit` says so.
     return settings if settings.enabled else None

@@ -22,7 +22,7 @@ from sglang_tri.patches import (
     hooks,
     launch,
     memory,
-    request_lifetime,
+    request_settings,
     rope,
     thinking,
 )
@@ -65,7 +65,7 @@ def start_scheduler(
     statistics = _read_statistics(scheduler, settings, runtime)
     found.statistics = (statistics.path or None) if statistics is not None else None
     runtime.check_runnable(settings)
-    warmup.run(runtime, warmup.all_settings(settings, request_lifetime.per_request()))
+    warmup.run(runtime, warmup.all_settings(settings, request_settings.allowed()))
     logger.info(
         "KV policy: %s, mode %s, budget %d, interval %d, reuse %s, statistics %s",
         settings.policy,

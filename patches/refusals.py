@@ -67,7 +67,14 @@ def _larger_than_one(name: str) -> Callable[[Any], str]:
 
 
 def _environment(name: str) -> Callable[[Any], str]:
-    return lambda _: f"{name}={os.environ[name]}" if os.environ.get(name, "0") != "0" else ""
+    """Finds a switch of SGLang's that is on, as SGLang itself reads it."""
+
+    def found(_: Any) -> str:
+        from sglang.srt.environ import envs
+
+        return f"{name}={os.environ[name]}" if getattr(envs, name).get() else ""
+
+    return found
 
 
 _KEYED = "pages would be stored under tokens that they no longer hold"

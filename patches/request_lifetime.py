@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import active
+from sglang_tri.patches import active, request_settings
 from sglang_tri.patches import sglang_0517 as adapter
 from sglang_tri.patches.responses import KEY
 from sglang_tri.rounds import Suspended
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
     from sglang_tri.rounds import RequestState
     from sglang_tri.spans import Span
 
-# Settings per request are not public yet: tests switch them on.
-PER_REQUEST = "SGLANG_KV_POLICY_PER_REQUEST"
-
 
 def admit(scheduler: Scheduler, req: Req, is_retracted: bool = False) -> None:
     """BEFORE _add_request_to_queue: give a new request its state, refuse what can't be."""
@@ -32,20 +28,18 @@ def admit(scheduler: Scheduler, req: Req, is_retracted: bool = False) -> None:
     adapter.attach_state(req, None)
     try:
         _check_vocabulary(req)
-        overrides = adapter.request_overrides(req)
-        if overrides and not per_request():
-            raise KvPolicyError(
-                "custom_params['kv_policy'] is not public: set --kv-policy for the whole server."
-            )
-        state = active.get().runtime.admit(req.rid, req.origin_input_ids, overrides, req.extra_key)
+        runtime = active.get().runtime
+        settings = request_settings.settings_of(runtime.settings, adapter.custom_params(req))
+        state = runtime.admit(req.rid, req.origin_input_ids, settings, req.extra_key)
         adapter.attach_state(req, state)
     except KvPolicyError as error:
-        req.set_finish_with_abort(str(error))
+        refuse(req, str(error))
 
 
-def per_request() -> bool:
-    """Whether requests may bring settings of their own."""
-    return os.environ.get(PER_REQUEST) == "1"
+def refuse(req: Req, reason: str) -> None:
+    """End a request with a 400 before it is served; SGLang logs the reason with its id."""
+    active.get().runtime.counters.requests_refused += 1
+    req.set_finish_with_abort(reason)
 
 
 def _check_vocabulary(req: Req) -> None:

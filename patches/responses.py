@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from sglang_tri.patches import active
+from sglang_tri.patches import active, arrival
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
@@ -61,6 +61,16 @@ def report_state(result: GetInternalStateReqOutput, *args: Any, **kwargs: Any) -
     found = active.get()
     report = found.runtime.report() | found.aliases.report()
     result.internal_state[KEY] = report | {"statistics": found.statistics}
+
+
+async def add_refused(
+    original: Callable[..., Awaitable[list[dict[str, Any]]]], manager: TokenizerManager
+) -> list[dict[str, Any]]:
+    """AROUND TokenizerManager.get_internal_state: requests that never reached the scheduler."""
+    states = await original(manager)
+    for state in states:
+        state[KEY]["requests_refused"] += arrival.count(manager)
+    return states
 
 
 def report_ready(result: dict[str, Any], *args: Any, **kwargs: Any) -> None:

@@ -233,10 +233,9 @@ def shrink_batch(batch: ScheduleBatch, cut: torch.Tensor) -> None:
     batch.seq_lens_sum = None
 
 
-def request_overrides(req: Req) -> dict[str, Any]:
-    """Settings that a request brings itself, in `custom_params["kv_policy"]`."""
-    params = req.sampling_params.custom_params
-    return params.get("kv_policy", {}) if isinstance(params, dict) else {}
+def custom_params(req: Req) -> object:
+    """What a request brings beside SGLang's own sampling parameters."""
+    return req.sampling_params.custom_params
 
 
 def longest_output(scheduler: Scheduler, req: Req, asked: int | None) -> int:

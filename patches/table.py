@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sglang_tri.patches import (
     admission,
+    arrival,
     decode,
     flags,
     launch,
@@ -12,6 +13,7 @@ from sglang_tri.patches import (
     request_lifetime,
     responses,
     reuse,
+    salts,
 )
 from sglang_tri.patches.hooks import AFTER, AROUND, BEFORE, Hook
 
@@ -29,6 +31,7 @@ _RUNNER = _SRT + "model_executor.model_runner.ModelRunner."
 _FORWARD = _SRT + "model_executor.forward_batch_info.ForwardBatch."
 _TOKENIZER = _SRT + "managers.tokenizer_manager.TokenizerManager."
 _POOL = _SRT + "managers.scheduler_components.pool_stats_observer.PoolStats."
+_OPENAI = _SRT + "entrypoints.openai.serving_base.OpenAIServingBase."
 _ENGINE = _SRT + "entrypoints.engine.Engine."
 _COMMON = _SRT + "mem_cache.common."
 _REQ = _SRT + "managers.schedule_batch.Req."
@@ -47,6 +50,14 @@ TABLE = (
          "install the scheduler's hooks, build the runtime"),
     Hook(MAIN, _ENGINE + "_launch_subprocesses", AFTER, launch.confirm, ("cls", "server_args"),
          "confirm that the scheduler runs the policy"),
+    Hook(MAIN, _TOKENIZER + "_init_req_state", BEFORE, arrival.check, ("self", "obj"),
+         "refuse what a request may not ask for"),
+    Hook(MAIN, _TOKENIZER + "_create_tokenized_object", AROUND, arrival.pack, ("self", "obj"),
+         "refuse what the scheduler could not read"),
+    Hook(MAIN, _OPENAI + "_compute_extra_key", AROUND, salts.join, ("self", "request"),
+         "tell salt and key apart"),
+    Hook(MAIN, _TOKENIZER + "get_internal_state", AROUND, responses.add_refused, ("self",),
+         "count refused requests in /server_info"),
     Hook(MAIN, _TOKENIZER + "_handle_batch_output", BEFORE, responses.collect, ("self", "recv_obj"),
          "take the request's report from the output"),
     Hook(MAIN, _TOKENIZER + "_wait_one_response", AROUND, responses.deliver, ("self", "obj"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_tri.errors import KvPolicyError
+from sglang_tri.errors import KvPolicyError, shown
 from sglang_tri.kernels.select import MODES
 from sglang_tri.policies import POLICIES
 
@@ -157,16 +157,23 @@ class KvPolicyConfig:
                 f"Use --kv-{name} {bound} or less, or a larger --kv-{limit}."
             )
 
-    def with_overrides(self, overrides: Mapping[str, Any]) -> KvPolicyConfig:
+    def with_overrides(self, overrides: object) -> KvPolicyConfig:
         """A copy with some fields replaced, validated again.
 
+        Args:
+            overrides: fields and their values; whatever else it is, is refused.
+
         Raises:
-            KvPolicyError: an unknown field, or a value that cannot work.
+            KvPolicyError: no mapping, an unknown field, or a value that cannot work.
         """
-        unknown = sorted(set(overrides) - set(_BY_NAME))
-        if unknown:
-            known = ", ".join(_BY_NAME)
-            raise KvPolicyError(f"unknown KV policy setting {unknown[0]!r}: use one of {known}.")
+        if not isinstance(overrides, Mapping):
+            raise KvPolicyError(
+                f'{shown(overrides)} is not an object of settings, such as {{"budget": 1024}}.'
+            )
+        for name in overrides:
+            if name not in _BY_NAME:
+                known = ", ".join(_BY_NAME)
+                raise KvPolicyError(f"unknown KV policy setting {shown(name)}: use one of {known}.")
         return replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("KV policy", "KV-cache eviction by sglang-tri")
     for flag in FLAGS:
         default = flag.default
-        text = f"{flag.help} (default: {_shown(default)})"
+        text = f"{flag.help} (default: {_as_help(default)})"
         if flag.name == "normalize":
             action: Any = argparse.BooleanOptionalAction
             group.add_argument(flag.option, dest=flag.keyword, action=action, help=text)
@@ -217,15 +224,15 @@ def _check_type(flag: Flag, value: Any) -> None:
     if flag.choices is not None:
         if value not in flag.choices:
             raise KvPolicyError(
-                f"{flag.option} {value!r} is not known: use one of {', '.join(flag.choices)}."
+                f"{flag.option} {shown(value)} is not known: use one of {', '.join(flag.choices)}."
             )
         return
     if flag.default is None and value is None:
         return
     wanted: type = str if flag.default is None else type(flag.default)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise KvPolicyError(f"{flag.option} {value!r} must be a {wanted.__name__}.")
+        raise KvPolicyError(f"{flag.option} {shown(value)} must be of type {wanted.__name__}.")
 
 
-def _shown(default: Any) -> Any:
+def _as_help(default: Any) -> Any:
     return {True: "on", False: "off", None: "none"}.get(default, default)

@@ -240,6 +240,7 @@ class Counters:
     evicted_tokens: int = 0
     freed_slots: int = 0
     requests_evicted: int = 0
+    requests_refused: int = 0
     resident_generated_max: int = 0
 
     def saw_resident(self, slots: int) -> None:

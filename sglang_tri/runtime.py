@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ class Runtime:
         self,
         rid: str,
         prompt: array[int],
-        overrides: Mapping[str, Any],
+        settings: KvPolicyConfig,
         extra_key: str | None = None,
     ) -> RequestState | None:
         """State for a new request, or None where its policy is `none`.
@@ -124,22 +124,17 @@ class Runtime:
         Args:
             rid: the request's id.
             prompt: its token ids.
-            overrides: settings of its own.
-            extra_key: what keeps its prefixes apart from others' (adapter, salt).
+            settings: its settings.
+            extra_key: what keeps its prefixes apart from others' (salt, key, adapter).
 
         Raises:
-            KvPolicyError: the overrides are not valid, or not possible on this server.
+            KvPolicyError: the settings are not possible on this server.
         """
-        settings = self.settings_of(overrides)
         self.check_runnable(settings)
         if not settings.enabled:
             return None
         early = head_start(settings, prompt, self.page_size)
         return RequestState(rid, settings, Lookup((settings, extra_key)), early)
-
-    def settings_of(self, overrides: Mapping[str, Any]) -> KvPolicyConfig:
-        """The server's settings with some of a request's own."""
-        return self.settings.with_overrides(overrides) if overrides else self.settings
 
     def plan(self, due: Iterable[Due], request_to_slot: torch.Tensor) -> torch.Tensor:
         """Plan one round for each of `due`: update their regions, remember the work.
@@ -248,5 +243,6 @@ class Runtime:
             "evicted_tokens": counters.evicted_tokens,
             "freed_slots": counters.freed_slots,
             "requests_evicted": counters.requests_evicted,
+            "requests_refused": counters.requests_refused,
             "resident_generated_max": counters.resident_generated_max,
         }

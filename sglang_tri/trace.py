@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
 
 from sglang_tri.rounds import Due, Round
 
+_LONGEST_NAME = 200
+
+
+def file_name(rid: str) -> str:
+    """What stands for a request's id, which a client may have chosen, in the names of its files."""
+    name = quote(rid, safe="")
+    return name if len(name) <= _LONGEST_NAME else sha256(name.encode()).hexdigest()
+
 
 class TraceWriter:
-    """An observer of rounds that writes `{rid}-{round}.npz` into a folder.
+    """An observer of rounds that writes `{file_name(rid)}-{round}.npz` into a folder.
 
     Each file holds `logical` (logical length at the round), `start` (first evictable slot) and
     `kept`, int64 [layers or 1, kv_heads or 1, kept]: logical positions, ascending.
@@ -27,9 +37,8 @@ class TraceWriter:
             positions = self._candidates(due, logical, places)
             due.region.positions = positions.gather(-1, places)
             chosen = due.region.positions.sort(-1).values
-            name = f"{due.state.rid}-{due.state.rounds:05d}.npz"
             np.savez(
-                self._folder / name,
+                self._folder / f"{file_name(due.state.rid)}-{due.state.rounds:05d}.npz",
                 logical=logical,
                 start=due.region.start,
                 kept=chosen.numpy(),

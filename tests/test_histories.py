@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 from sglang_tri import config
 from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.patches import active, request_lifetime
+from sglang_tri.patches import active, request_settings
 from sglang_tri.policies import POLICIES
 from sglang_tri.runtime import Runtime
 from tests.histories.asks import (
@@ -280,7 +280,7 @@ class Histories(RuleBasedStateMachine):
 def server() -> Iterator[None]:
     """The hooks, and a policy and limits that make histories short."""
     with pytest.MonkeyPatch.context() as patch, hooked():
-        patch.setenv(request_lifetime.PER_REQUEST, "1")
+        patch.setenv(request_settings.PER_REQUEST, "1")
         patch.setenv(FORCE_MISS, "0")
         patch.setattr(config, "LEAST_RECENT", 4)
         patch.setitem(POLICIES, "triattention", ByDigest)

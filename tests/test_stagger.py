@@ -96,7 +96,10 @@ def runtime_of(settings: KvPolicyConfig, page: int = 1, rows: int = 4) -> Runtim
 def test_only_the_prompt_counts() -> None:
     runtime = runtime_of(KvPolicyConfig("streaming"))
     for prompt in prompts_of(20):
-        states = [runtime.admit(rid, prompt, {}, key) for rid, key in (("a", None), ("b", "salt"))]
+        states = [
+            runtime.admit(rid, prompt, runtime.settings, key)
+            for rid, key in (("a", None), ("b", "salt"))
+        ]
         assert {state.early for state in states if state} == {
             head_start(runtime.settings, prompt, 1)
         }
@@ -137,7 +140,7 @@ def test_requests_admitted_together_evict_in_many_steps() -> None:
     settings, count = runtime.settings, 256
     due: Counter[int] = Counter()
     for prompt in prompts_of(count):
-        state = runtime.admit("r", prompt, {})
+        state = runtime.admit("r", prompt, runtime.settings)
         assert state is not None
         region = state.open_region(20, 1)
         for _ in range(3):

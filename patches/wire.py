@@ -1,0 +1,54 @@
+"""Whether a message can be read by the scheduler process.
+
+SGLang's HTTP process packs what a client has sent, whatever its types are; its scheduler unpacks
+by declared types and ends at the first that differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import typing
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from sglang_tri.errors import shown
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
+# Large, or packed later, and none of it with a type of the client's choice.
+_SKIPPED = ("input_ids", "mm_inputs", "mm_data_mooncake", "time_stats")
+
+
+def unreadable(message: TokenizedGenerateReqInput) -> str:
+    """The field of `message` that the scheduler cannot read, and why; "" if it can read all."""
+    small = copy.copy(message)
+    for name in _SKIPPED:
+        setattr(small, name, None)
+    error = _unreadable(small, type(small))
+    return "" if error is None else _find(small) or str(error)
+
+
+def _find(struct: msgspec.Struct) -> str:
+    """The first field of `struct` that cannot be read, and why; "" if each can by itself."""
+    declared = typing.get_type_hints(type(struct))
+    for name in struct.__struct_fields__:
+        value = getattr(struct, name)
+        error = _unreadable(value, declared[name])
+        if error is not None:
+            inside = _find(value) if isinstance(value, msgspec.Struct) else ""
+            return inside or f"{name} {shown(value)} does not work: {error}"
+    return ""
+
+
+def _unreadable(value: object, declared: Any) -> Exception | None:
+    """What goes wrong where `value` is packed, and unpacked as the type `declared`."""
+    from sglang.srt.managers import io_struct
+
+    try:
+        packed = msgspec.msgpack.encode(value, enc_hook=io_struct.enc_hook)
+        msgspec.msgpack.decode(packed, type=declared, dec_hook=io_struct.dec_hook)
+    except Exception as error:  # Whatever it is, the scheduler would not survive it.
+        return error
+    return None
