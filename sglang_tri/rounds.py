@@ -128,10 +128,12 @@ class Suspended:
     regions: list[Region]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestState:
     """What the policy knows of one request. `history` and `regions` last until its slots are
     released, the rest survives retraction.
+
+    Two are never equal: clients choose ids, and may send one again.
 
     Attributes:
         rid: the request's id.

@@ -77,7 +77,7 @@ class Runtime:
         self._policies = {name: policy() for name, policy in POLICIES.items()}
         self._pending: list[Round] = []
         self._alive: deque[list[Round]] = deque(maxlen=_STEPS_KEPT_ALIVE)
-        self._shifted: set[str] = set()
+        self._shifted: set[RequestState] = set()
 
     def has_statistics_for(self, policy: type[Policy]) -> bool:
         """Whether this server knows of queries what the policy needs."""
@@ -171,7 +171,7 @@ class Runtime:
         counters.freed_slots += evicted
         state.rounds += 1
         state.evicted_tokens += evicted
-        self._shifted.add(state.rid)
+        self._shifted.add(state)
 
     def execute(self) -> None:
         """Run the planned rounds. Call on the stream of the forward pass, before its first read."""
@@ -218,7 +218,7 @@ class Runtime:
         if not any(deltas):
             self.deltas.index_fill_(0, rows, 0)
             return
-        self._shifted.update(state.rid for state in states if state and state.delta)
+        self._shifted.update(state for state in states if state and state.delta)
         self.deltas[rows] = planning.upload(deltas, torch.int64, self.deltas.device)
 
     def close(self, state: RequestState, physical: int) -> list[Region]:
@@ -227,7 +227,7 @@ class Runtime:
             self.counters.saw_resident(physical - state.regions[0].opened)
         compressed = [region for region in state.regions if region.evicted]
         state.regions = []
-        self._shifted.discard(state.rid)
+        self._shifted.discard(state)
         return compressed
 
     def report(self) -> dict[str, Any]:

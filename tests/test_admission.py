@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,6 +80,22 @@ def test_memory_of_the_policy_itself() -> None:
             runtime = Runtime(settings, Cache.of(keys, keys, 1), rows, 1)
             held = [value for value in vars(runtime).values() if torch.is_tensor(value)]
             assert sum(tensor.nbytes for tensor in held) == 8 * rows
+
+
+def test_an_id_that_is_sent_again() -> None:
+    """An aborted request may be released when its id is another request's already."""
+    keys = [torch.zeros(64, 2, 8)]
+    settings = KvPolicyConfig(policy="streaming", budget=32)
+    runtime = Runtime(settings, Cache.of(keys, keys, 1), rows=2, page_size=1)
+    aborted, again = (runtime.admit("same", array("q", [1]), settings) for _ in range(2))
+    assert aborted is not None
+    assert again is not None
+    again.open_region(40, 1).count_round()
+    runtime.start_prefill(torch.tensor([1]), [again])
+    runtime.close(aborted, 0)
+    assert runtime.shifts_positions
+    runtime.close(again, 40)
+    assert not runtime.shifts_positions
 
 
 @SMALL

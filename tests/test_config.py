@@ -94,3 +94,16 @@ def test_few_recent_tokens_need_no_reuse() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(KvPolicyError, match="bugdet"):
         KvPolicyConfig().with_overrides({"bugdet": 5})
+
+
+@pytest.mark.parametrize("overrides", [5, True, None, ["budget"], "budget", 1e300, float("nan")])
+def test_settings_that_are_no_object(overrides: object) -> None:
+    with pytest.raises(KvPolicyError, match="is not an object of settings"):
+        KvPolicyConfig().with_overrides(overrides)
+
+
+def test_messages_are_short_whatever_was_sent() -> None:
+    for overrides in ({"budget": "x" * 10**6}, {"x" * 10**6: 1}, {"policy": [[1] * 999] * 999}):
+        with pytest.raises(KvPolicyError) as error:
+            KvPolicyConfig().with_overrides(overrides)
+        assert len(str(error.value)) < 400

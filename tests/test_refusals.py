@@ -93,6 +93,19 @@ def test_server_args(refusal: Refusal, server_args: Any, monkeypatch: pytest.Mon
         assert value is True or str(value) in message
 
 
+@pytest.mark.parametrize("name", OFFENDING_ENVIRONMENT.values())
+def test_switches_are_read_as_sglang_reads_them(
+    name: str, server_args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (refusal,) = (row for row in SERVER_ARGS if OFFENDING_ENVIRONMENT.get(row.feature) == name)
+    for value in ("false", "0", "no", "N"):
+        monkeypatch.setenv(name, value)
+        refusal.check(server_args)
+    for value in ("true", "1", "yes", "Y"):
+        monkeypatch.setenv(name, value)
+        assert f"{name}={value}" in refused(refusal, server_args)
+
+
 def offending_models(config: Any) -> dict[str, dict[str, Any]]:
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.configs.qwen3_next import Qwen3NextConfig
