@@ -59,7 +59,8 @@ class TorchCpuPlatform(CpuSRTPlatform):
         in float16 runs in float32: half precision is many times slower on a CPU. The KV pool
         gets `DEFAULT_MAX_TOTAL_TOKENS` slots at most. An idle scheduler sleeps (a flag that can
         only be switched on) instead of spinning on a core that other processes could use. Grammars
-        run on `llguidance`.
+        run on `llguidance`, LoRA adapters on `torch_native`, in place of `csgmv` (SGLang's choice,
+        which is written in Triton).
 
         Raises:
             ValueError: `--grammar-backend xgrammar`, which kills the server on the first request
@@ -85,6 +86,8 @@ class TorchCpuPlatform(CpuSRTPlatform):
         server_args.sleep_on_idle = True
         if server_args.grammar_backend is None:
             server_args.grammar_backend = "llguidance"
+        if server_args.lora_backend == "csgmv":
+            server_args.lora_backend = "torch_native"
 
     def init_backend(self) -> None:
         """Set up torch in a process that runs a model: thread count, and no compilation.
@@ -96,11 +99,15 @@ class TorchCpuPlatform(CpuSRTPlatform):
         Functions that SGLang and llguidance hand to `torch.compile` (masks, penalties) run as
         they are: compiling one takes half a minute, in the middle of serving, and a C++ compiler.
 
-        `torch_native` attention becomes `cpu_attention.PrefixAttention`.
+        `torch_native` attention becomes `cpu_attention.PrefixAttention`, and LoRA adapters are not
+        pinned in memory.
         """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
+        from sglang_tri.patches import cpu_lora
+
         register_attention_backend("torch_native")(_make_attention)
+        cpu_lora.install()
         torch.compiler.set_stance("force_eager")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() - OTHER_PROCESSES))

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_tri.patches import cpu_platform
+from sglang_tri.patches.cpu_lora import Unpinned
 from sglang_tri.patches.cpu_platform import TorchCpuPlatform, activate
 
 NAME = "sglang_tri.patches.cpu_platform.TorchCpuPlatform"
@@ -72,6 +73,7 @@ def _server_args(model_dtype: torch.dtype = torch.float16, **given: object) -> S
         "mem_fraction_static": None,
         "sleep_on_idle": False,
         "grammar_backend": None,
+        "lora_backend": "csgmv",
         "enable_torch_compile": False,
     }
     return SimpleNamespace(**{**unset, **given}, get_model_config=lambda: config)
@@ -87,6 +89,7 @@ def test_defaults_let_a_bare_command_line_work() -> None:
     assert args.mem_fraction_static is None
     assert args.sleep_on_idle
     assert args.grammar_backend == "llguidance"
+    assert args.lora_backend == "torch_native"
 
 
 def test_bfloat16_models_stay_as_they_are() -> None:
@@ -104,6 +107,7 @@ def test_bfloat16_models_stay_as_they_are() -> None:
         {"max_total_tokens": 128},
         {"mem_fraction_static": 0.5},
         {"grammar_backend": "outlines"},
+        {"lora_backend": "triton"},
     ],
 )
 def test_explicit_flags_win(given: dict[str, object]) -> None:
@@ -157,6 +161,14 @@ def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
     TorchCpuPlatform().init_backend()
     assert stances == ["force_eager"]
+
+
+def test_nothing_is_pinned_for_adapters() -> None:
+    weight = torch.ones(2)
+    with Unpinned():
+        assert weight.pin_memory() is weight
+        assert torch.tensor([1, 2], pin_memory=True).tolist() == [1, 2]
+        assert torch.zeros(2, dtype=torch.int32, pin_memory=True).dtype == torch.int32
 
 
 def test_answers_of_the_platform() -> None:
