@@ -20,13 +20,19 @@ from tests.setups import BUDGET, INTERVAL
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: prompt token ids, output length and settings of its own."""
+    """One request: prompt token ids, output length and settings of its own.
+
+    Attributes:
+        extra: sampling parameters.
+        body: what stands beside them.
+    """
 
     prompt: list[int]
     tokens: int
     policy: dict[str, Any] = field(default_factory=dict)
     temperature: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+    body: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def send(running: Running, ask: Ask) -> Answer:
     if ask.policy:
         params["custom_params"] = {"kv_policy": ask.policy}
     body = running.server.generate(
-        input_ids=ask.prompt, sampling_params=params, rid=rid, return_logprob=True
+        input_ids=ask.prompt, sampling_params=params, rid=rid, return_logprob=True, **ask.body
     )
     ids, meta = body["output_ids"], body["meta_info"]
     return Answer(ask, rid, ids, known_logprobs(ids, meta), body["text"], meta)

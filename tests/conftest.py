@@ -13,6 +13,7 @@ import torch
 import tests.interpreted  # noqa: F401 - before anything that imports a kernel
 from bench.reference_model import FOLDER
 from bench.server import Server
+from bench.tiny_adapters import make_adapter
 from bench.tiny_models import make_model, make_stats
 from sglang_tri import stats
 from tests.setups import BUDGET, INTERVAL, SETUPS, Setup
@@ -79,6 +80,10 @@ class Servers:
             self._models[kind] = path
         return self._models[kind]
 
+    def adapter(self, kind: str, name: str) -> Path:
+        path = self._folder / "adapters" / kind / name
+        return path if path.exists() else make_adapter(name, self.model(kind), path)
+
     def _start(self, name: str) -> Running:
         if name not in self._running:
             setup = SETUPS[name]
@@ -86,6 +91,9 @@ class Servers:
             folder.mkdir()
             model = self.model(setup.kind)
             arguments = list(setup.arguments)
+            if setup.adapters:
+                made = [f"{each}={self.adapter(setup.kind, each)}" for each in setup.adapters]
+                arguments += ["--lora-paths", *made]
             if setup.policy:
                 arguments += ["--kv-policy", "triattention"]
                 if not setup.automatic:

@@ -13,6 +13,8 @@ README = Path(__file__).parents[1] / "README.md"
 # It marks the end of thinking.
 THINKING = Path(__file__).parents[1] / "bench" / "agent" / "template.jinja"
 PAGE_4 = ("--page-size", "4")
+PAGE_16 = ("--page-size", "16")
+FP8 = ("--kv-cache-dtype", "fp8_e4m3")
 SYNC = ("--disable-overlap-schedule",)
 # SGLang checks its pool after every step: used + free + cached slots must make the whole.
 STRICT = {
@@ -48,6 +50,7 @@ class Setup:
         arguments: beside the model and, where it has one, the policy.
         policy: whether the policy is on.
         automatic: whether the server makes its query statistics itself, not from a file.
+        adapters: names of the LoRA adapters that it serves, of `bench.tiny_adapters`.
         environment: added to the tests' own.
     """
 
@@ -55,11 +58,14 @@ class Setup:
     arguments: tuple[str, ...] = COMMON
     policy: bool = True
     automatic: bool = False
+    adapters: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=lambda: dict(STRICT))
 
     @property
     def page_size(self) -> int:
-        return 4 if "--page-size" in self.arguments else 1
+        if "--page-size" not in self.arguments:
+            return 1
+        return int(self.arguments[self.arguments.index("--page-size") + 1])
 
 
 _RETRACT = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
@@ -74,6 +80,8 @@ SETUPS = {
     "llama3": Setup(kind="llama3", arguments=(*COMMON, *SMALL), automatic=True),
     "yarn": Setup(kind="yarn", arguments=(*COMMON, *OWN_TEXT), automatic=True),
     "shipped": Setup(kind="reference", arguments=(*COMMON, "--dtype", "float32")),
+    "lora-page16": Setup(arguments=(*COMMON, *PAGE_16), adapters=("a", "b")),
+    "fp8": Setup(arguments=(*COMMON, *FP8)),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4), environment=_RETRACT),
 }

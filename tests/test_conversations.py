@@ -31,20 +31,29 @@ POLICIES: list[dict[str, Any]] = [
 
 
 class Talk:
-    """One conversation on the server, and the same with the oracle."""
+    """One conversation on the server, and the same with the oracle; `body` goes with each turn."""
 
-    def __init__(self, server: Running, name: str, policy: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        server: Running,
+        name: str,
+        policy: dict[str, Any] | None = None,
+        oracle: Oracle | None = None,
+        **body: Any,
+    ) -> None:
         self.server = server
         self.policy = policy or {}
+        self.body = body
         self.tokens = tokens_of(f"{name}: a system prompt of its own.")
-        oracle = Oracle(server.model, server.stats)
+        oracle = oracle or Oracle(server.model, server.stats)
         self.oracle: Conversation = oracle.conversation(
             simulated(self.policy), server.setup.page_size
         )
 
     def ask(self, text: str, tokens: int = LONG, **extra: Any) -> Ask:
         temperature = 0.0 if len(self.tokens) % 2 else 1.0
-        return Ask([*self.tokens, *tokens_of(text)], tokens, self.policy, temperature, extra)
+        prompt = [*self.tokens, *tokens_of(text)]
+        return Ask(prompt, tokens, self.policy, temperature, extra, self.body)
 
     def judge(self, answer: Answer, closes: tuple[int, ...] = ()) -> Replay:
         recorded = recorded_rounds(self.server.trace, answer.rid)

@@ -19,7 +19,13 @@ _CHUNK = 512
 class Decoder:
     """Embeds, attends and projects tokens of one request; knows nothing of eviction."""
 
-    def __init__(self, model_dir: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model_dir: str | Path,
+        dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """kv_dtype: what keys, after RoPE, and values are rounded to when they are cached."""
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype {dtype}: float32 or float64")
         model = AutoModelForCausalLM.from_pretrained(
@@ -32,6 +38,7 @@ class Decoder:
             raise ValueError("sliding window attention is not supported")
         self.model = model
         self.dtype = dtype
+        self.kv_dtype = kv_dtype
         self.layers: int = config.num_hidden_layers
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
@@ -81,7 +88,11 @@ class Decoder:
         queries = self._split(block.q_proj(x), getattr(block, "q_norm", None))
         keys = self._split(block.k_proj(x), getattr(block, "k_norm", None))
         values = self._split(block.v_proj(x), None)
-        kv.append(keys, self.rope.rotate(keys, positions), values, positions)
+        rotated = self.rope.rotate(keys, positions)
+        if self.kv_dtype is not None:
+            rotated, values = (x.to(self.kv_dtype).to(self.dtype) for x in (rotated, values))
+            keys = self.rope.rotate_back(rotated, positions)
+        kv.append(keys, rotated, values, positions)
         queries = self.rope.rotate(queries, positions)
         weights = attention(queries, kv.rotated, kv.positions != VACANT, self.scaling)
         kv.observe(queries, weights)

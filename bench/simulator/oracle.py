@@ -24,12 +24,14 @@ class Oracle:
         model_dir: str | Path,
         stats_path: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """Load a Qwen3, Qwen2 or Llama model, and statistics in the official .pt layout.
 
         dtype, float32 or float64, is the model's; scores are always computed in float64.
+        kv_dtype: of the KV cache, e.g. torch.float8_e4m3fn; the model's if None.
         """
-        self.decoder = Decoder(model_dir, dtype)
+        self.decoder = Decoder(model_dir, dtype, kv_dtype)
         self.stats = None
         if stats_path is not None:
             pairs = self.decoder.head_dim // 2

@@ -46,6 +46,12 @@ class Rope:
         turned = part * cos + torch.cat([-second, first], dim=-1) * sin
         return torch.cat([turned, x[..., self.rotary_dim :]], dim=-1)
 
+    def rotate_back(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What `rotate` makes x [heads, tokens, head_dim] of."""
+        back = self.rotate(x, -positions)
+        factor = self.module.attention_scaling**2
+        return torch.cat([back[..., : self.rotary_dim] / factor, x[..., self.rotary_dim :]], dim=-1)
+
     def pairs(self, x: torch.Tensor) -> torch.Tensor:
         """Unrotated x [..., head_dim] as complex128 [..., head_dim / 2]."""
         x = x.to(torch.float64)
