@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang.srt.lora.lora_registry import LoRARef
 
 from bench.simulator.oracle import Oracle
 from bench.tiny_adapters import make_adapter, merge
@@ -97,6 +98,19 @@ def test_one_text_under_each(server: Running, oracles: Oracles) -> None:
         answer = send(server, one.ask(" Next.", LONG))
         check(one, answer, "compressed")
         assert answer.meta["cached_tokens"] >= whole_pages(server, left - 1)
+
+
+@SERVED
+def test_a_key_that_spells_an_adapter(server: Running, oracles: Oracles, servers: Servers) -> None:
+    """Adapters of the command line have ids that anybody can work out."""
+    first = talk(server, oracles, "spelled", "a")
+    check(first, send(server, first.ask("Begin.", LONG)), "exact")
+    spelled = LoRARef.deterministic_id("a", str(servers.adapter("qwen3", "a")))
+    other = Talk(server, "spelled", oracle=oracles[None], extra_key=spelled)
+    other.tokens = first.tokens
+    answer = send(server, other.ask(" Next.", LONG))
+    assert answer.meta["cached_tokens"] == 0
+    check(other, answer, "exact")
 
 
 @SERVED
