@@ -60,7 +60,7 @@ def release(
     """
     state = adapter.state_of(req)
     if state is None or req.req_pool_idx is None:
-        original(req, tree_cache, is_insert=is_insert)
+        _release_slots(original, req, tree_cache, is_insert)
         return
     resident = adapter.physical_length(req)
     regions, history = state.regions, state.history
@@ -68,21 +68,28 @@ def release(
     if req.finished():
         _publish(req, state, resident)
     if compressed and not _may_continue(req, state):
-        original(req, tree_cache, is_insert=False)
+        _release_slots(original, req, tree_cache, False)
     elif compressed or state.history:
         spans = tuple(active.get().aliases.new_span(*region.span) for region in compressed)
         with adapter.physical_tokens(req, state.chain.then(*spans)):
             kept = req.effective_kv_committed_len()
-            original(req, tree_cache, is_insert=is_insert or bool(spans))
+            _release_slots(original, req, tree_cache, is_insert or bool(spans))
         alias = _remember(req, state, spans, kept)
         # A round that is due already would come between what it left and its last token.
         if alias is not None and spans and not req.finished() and resident < regions[-1].due_at:
             state.suspended = Suspended(alias, history, regions)
     else:
-        original(req, tree_cache, is_insert=is_insert)
+        _release_slots(original, req, tree_cache, is_insert)
     state.history = None
     adapter.forget_physical_ids(req)
     state.resumed = bool(req.output_ids) and not req.finished()
+
+
+def _release_slots(
+    original: Callable[..., None], req: Req, tree_cache: BasePrefixCache, is_insert: bool
+) -> None:
+    with adapter.prompt_in_tree(req):
+        original(req, tree_cache, is_insert=is_insert)
 
 
 def _may_continue(req: Req, state: RequestState) -> bool:

@@ -218,6 +218,22 @@ def physical_tokens(req: Req, chain: Chain) -> Iterator[None]:
         req.origin_input_ids, req.output_ids = logical
 
 
+@contextmanager
+def prompt_in_tree(req: Req) -> Iterator[None]:
+    """Inside, all that the prefix cache holds of a request counts as its prompt.
+
+    With --strip-thinking-cache SGLang frees what lies behind the prompt of a reasoning request.
+    Of one that was retracted, the prefix cache can hold more: that is not the request's to free.
+    """
+    prompt, output = req.origin_input_ids, req.output_ids
+    more = max(0, req.cache_protected_len - len(prompt))
+    req.origin_input_ids, req.output_ids = prompt + output[:more], output[more:]
+    try:
+        yield
+    finally:
+        req.origin_input_ids, req.output_ids = prompt, output
+
+
 def count_cached(req: Req, tokens: int) -> None:
     """Count `tokens` more as found in the prefix cache, once in a request's life as SGLang does."""
     if not req.retracted_stain:

@@ -64,7 +64,7 @@ def send(running: Running, ask: Ask) -> Answer:
         **ask.extra,
     }
     if ask.policy:
-        params["custom_params"] = {"kv_policy": ask.policy}
+        params["custom_params"] = {**params.get("custom_params", {}), "kv_policy": ask.policy}
     body = running.server.generate(
         input_ids=ask.prompt, sampling_params=params, rid=rid, return_logprob=True, **ask.body
     )

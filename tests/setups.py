@@ -37,7 +37,10 @@ FUZZ = (
     *("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"),
     *("--kv-alias-limit", str(ALIAS_LIMIT)),
     *("--schedule-conservativeness", "0.1"),  # Take in more than may fit.
+    *("--enable-custom-logit-processor", "--constrained-json-disable-any-whitespace"),
 )
+# It concerns requests that say `require_reasoning`.
+STRIP = ("--reasoning-parser", "qwen3", "--strip-thinking-cache")
 LONGEST_PREFIX = ("--schedule-policy", "lpm")
 
 
@@ -83,5 +86,5 @@ SETUPS = {
     "lora-page16": Setup(arguments=(*COMMON, *PAGE_16), adapters=("a", "b")),
     "fp8": Setup(arguments=(*COMMON, *FP8)),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
-    "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4), environment=_RETRACT),
+    "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4, *STRIP), environment=_RETRACT),
 }

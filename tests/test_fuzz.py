@@ -52,6 +52,7 @@ def random_request(rng: random.Random, index: int) -> dict[str, Any]:
         "sampling_params": params,
         "priority": rng.randint(0, 2),
         "rid": f"fuzz-{index}",
+        "require_reasoning": index % 5 == 0,
     }
 
 
