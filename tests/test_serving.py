@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import openai
@@ -176,10 +177,13 @@ def test_flush_cache(server: Running) -> None:
     wait_idle(server)
 
 
-def chat_tokens(server: Running) -> list[int]:
-    """PROMPT as the only message, as the server's chat template writes it."""
+QUESTION = {"role": "user", "content": PROMPT}
+
+
+def chat_tokens(server: Running, messages: Sequence[dict[str, str]] = (QUESTION,)) -> list[int]:
+    """The messages as the server's chat template writes them."""
     tokens: list[int] = AutoTokenizer.from_pretrained(server.model).apply_chat_template(
-        [{"role": "user", "content": PROMPT}],
+        list(messages),
         chat_template=THINKING.read_text(),
         add_generation_prompt=True,
         return_dict=False,
@@ -192,7 +196,7 @@ def test_chat_with_the_openai_client(server: Running) -> None:
     client = openai.OpenAI(base_url=f"{server.server.url}/v1", api_key="none")
     answer = client.chat.completions.create(
         model="tiny",
-        messages=[{"role": "user", "content": PROMPT}],
+        messages=[QUESTION],
         max_tokens=LONG,
         temperature=0,
         extra_body={"ignore_eos": True, "return_meta_info": True},
