@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import openai
@@ -108,10 +109,9 @@ def test_retracted_by_a_pause(server: Running, updates: bool) -> None:
         rounds = server.server.kv_policy()["rounds"]
         answers = pool.map(lambda request: send(server, request), asks)
         wait_for_rounds(server, rounds + 6)
-        assert server.server.post("/pause_generation", mode="retract").ok
-        if updates:
-            update_weights(server, flush_cache=False)
-        assert server.server.post("/continue_generation").ok
+        with paused(server, "retract"):
+            if updates:
+                update_weights(server, flush_cache=False)
         for other, answer in zip(others, answers, strict=True):
             assert answer.meta["num_retractions"] == 1
             exact(other.judge(answer), answer)
@@ -129,9 +129,8 @@ def test_aborted_by_a_pause(server: Running) -> None:
         rounds = server.server.kv_policy()["rounds"]
         aborted = pool.submit(server.server.post, "/generate", **endless("Go on and on."))
         wait_for_rounds(server, rounds + 2)
-        assert server.server.post("/pause_generation", mode="abort").ok
-        update_weights(server, flush_cache=True)
-        assert server.server.post("/continue_generation").ok
+        with paused(server, "abort"):
+            update_weights(server, flush_cache=True)
         assert aborted.result().json()["meta_info"]["finish_reason"]["type"] == "abort"
     assert not wait_idle(server)["tree"]
     following = talk.turn(" Next.")
@@ -140,6 +139,15 @@ def test_aborted_by_a_pause(server: Running) -> None:
 
 def endless(text: str) -> dict[str, Any]:
     return {"text": text, "sampling_params": {"max_new_tokens": 20000, "ignore_eos": True}}
+
+
+@contextmanager
+def paused(server: Running, mode: str) -> Iterator[None]:
+    assert server.server.post("/pause_generation", mode=mode).ok
+    try:
+        yield
+    finally:
+        assert server.server.post("/continue_generation").ok
 
 
 def wait_for_rounds(server: Running, rounds: int) -> None:
