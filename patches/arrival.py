@@ -15,12 +15,24 @@ from sglang_tri.errors import KvPolicyError, shown
 from sglang_tri.patches import flags, request_settings, salts, wire
 
 if TYPE_CHECKING:
+    from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
     from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 logger = logging.getLogger(__name__)
 
 _COUNT = "kv_policy_refused"
+
+
+def check_shape(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE generate_request: what SGLang takes the number of prompts and samples from."""
+    params = getattr(obj, "sampling_params", None)
+    if params == []:
+        raise refused(manager, obj.rid, "sampling_params [] is empty: leave it out.")
+    for own in params if isinstance(params, list) else [params]:
+        samples = own.get("n") if isinstance(own, dict) else None
+        if samples is not None and not _is_whole(samples):
+            raise refused(manager, obj.rid, _not_whole("n", samples))
 
 
 def check(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any) -> None:
@@ -39,8 +51,8 @@ def check(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any) -> Non
 
 
 def _items(manager: TokenizerManager, obj: GenerateReqInput) -> list[GenerateReqInput]:
-    """The requests that were sent together."""
-    if obj.is_single:
+    """The requests that were sent together; a sample is one by itself."""
+    if getattr(obj, "is_single", True):
         return [obj]
     try:
         return [obj[index] for index in range(obj.batch_size)]
@@ -49,14 +61,24 @@ def _items(manager: TokenizerManager, obj: GenerateReqInput) -> list[GenerateReq
         raise refused(manager, obj.rid, reason) from error
 
 
-def _check_sampling(manager: TokenizerManager, params: dict[str, Any]) -> None:
+def _check_sampling(manager: TokenizerManager, params: object) -> None:
+    if not isinstance(params, dict):
+        raise KvPolicyError(f"sampling_params {shown(params)} does not work: send one object.")
     for name in ("max_new_tokens", "min_new_tokens"):
         value = params.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise KvPolicyError(f"{name} {shown(value)} does not work: send a whole number.")
+        if value is not None and not _is_whole(value):
+            raise KvPolicyError(_not_whole(name, value))
     settings = flags.attached(manager.server_args)
     if settings is not None:
         request_settings.settings_of(settings, params.get("custom_params"))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _not_whole(name: str, value: object) -> str:
+    return f"{name} {shown(value)} does not work: send a whole number."
 
 
 def pack(
@@ -92,6 +114,17 @@ def _impossible(message: TokenizedGenerateReqInput) -> str:
             "prompt, or -1 for none."
         )
     return ""
+
+
+def join_key(
+    original: Callable[..., str | None], serving: OpenAIServingBase, request: Any
+) -> str | None:
+    """AROUND _compute_extra_key: the joined string goes on knowing its parts, or it is a 400."""
+    try:
+        return salts.join(original, serving, request)
+    except KvPolicyError as error:
+        rid = getattr(request, "rid", None)
+        raise refused(serving.tokenizer_manager, rid, str(error)) from error
 
 
 def _wrong_token(obj: Any) -> str:

@@ -27,7 +27,11 @@ class SaltedKey(str):
 def join(
     original: Callable[..., str | None], serving: OpenAIServingBase, request: Any
 ) -> str | None:
-    """AROUND _compute_extra_key: the joined string goes on knowing its parts."""
+    """What `original` makes of a request's salt and key, as a string that goes on knowing both.
+
+    Raises:
+        KvPolicyError: one of them is no string.
+    """
     salt, key = (_part(request, name) for name in ("cache_salt", "extra_key"))
     joined = original(serving, request)
     if joined is None:

@@ -226,8 +226,9 @@ def prompt_in_tree(req: Req) -> Iterator[None]:
     Of one that was retracted, the prefix cache can hold more: that is not the request's to free.
     """
     prompt, output = req.origin_input_ids, req.output_ids
-    more = max(0, req.cache_protected_len - len(prompt))
-    req.origin_input_ids, req.output_ids = prompt + output[:more], output[more:]
+    more = req.cache_protected_len - len(prompt)
+    if more > 0:
+        req.origin_input_ids, req.output_ids = prompt + output[:more], output[more:]
     try:
         yield
     finally:

@@ -13,7 +13,6 @@ from sglang_tri.patches import (
     request_lifetime,
     responses,
     reuse,
-    salts,
 )
 from sglang_tri.patches.hooks import AFTER, AROUND, BEFORE, Hook
 
@@ -50,11 +49,13 @@ TABLE = (
          "install the scheduler's hooks, build the runtime"),
     Hook(MAIN, _ENGINE + "_launch_subprocesses", AFTER, launch.confirm, ("cls", "server_args"),
          "confirm that the scheduler runs the policy"),
+    Hook(MAIN, _TOKENIZER + "generate_request", BEFORE, arrival.check_shape, ("self", "obj"),
+         "refuse what cannot be told apart into requests"),
     Hook(MAIN, _TOKENIZER + "_init_req_state", BEFORE, arrival.check, ("self", "obj"),
          "refuse what a request may not ask for"),
     Hook(MAIN, _TOKENIZER + "_create_tokenized_object", AROUND, arrival.pack, ("self", "obj"),
          "refuse what the scheduler could not read"),
-    Hook(MAIN, _OPENAI + "_compute_extra_key", AROUND, salts.join, ("self", "request"),
+    Hook(MAIN, _OPENAI + "_compute_extra_key", AROUND, arrival.join_key, ("self", "request"),
          "tell salt and key apart"),
     Hook(MAIN, _TOKENIZER + "get_internal_state", AROUND, responses.add_refused, ("self",),
          "count refused requests in /server_info"),

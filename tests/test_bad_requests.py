@@ -36,6 +36,14 @@ PROMPT = "Whatever they send."
 # Ends every output at its first character, whatever length a request asks for.
 SHORT = {"temperature": 0, "stop": [chr(code) for code in range(32, 127)]}
 
+TOO_LONG = 40000
+MESSAGES = [{"role": "user", "content": PROMPT}]
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": PROMPT},
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/responses": {"input": PROMPT, "max_output_tokens": 4},
+    "/v1/messages": {"messages": MESSAGES},
+}
 NUMBERS = st.one_of(
     st.integers(-3, 40),
     st.sampled_from([2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 1e300, 16.5, -0.0]),
@@ -59,6 +67,8 @@ SAMPLING = st.fixed_dictionaries(
         "min_new_tokens": st.one_of(NUMBERS, VALUES),
         "ignore_eos": VALUES,
         "custom_params": st.one_of(VALUES, st.fixed_dictionaries({"kv_policy": OWN})),
+        # SGLang makes as many requests as it says, whatever memory that takes.
+        "n": st.one_of(st.integers(-1, 3), st.text(max_size=3), st.just(1.5), st.lists(SCALARS)),
     },
 )
 GENERATE = st.fixed_dictionaries(
@@ -81,6 +91,7 @@ OPENAI = st.fixed_dictionaries(
         "extra_key": st.one_of(VALUES, st.text(max_size=3)),
         "custom_params": st.one_of(VALUES, st.fixed_dictionaries({"kv_policy": OWN})),
         "max_tokens": st.one_of(NUMBERS, VALUES),
+        "max_output_tokens": st.one_of(NUMBERS, VALUES),
         "min_tokens": st.one_of(NUMBERS, VALUES),
         "ignore_eos": VALUES,
         "rid": VALUES,
@@ -137,6 +148,14 @@ def test_any_fields_of_generate(server: Running, fields: dict[str, Any]) -> None
 
 @ONE
 @FUZZ
+@given(params=st.one_of(VALUES, st.lists(st.just(SHORT), max_size=2)))
+def test_anything_for_sampling_parameters(server: Running, params: object) -> None:
+    """What is no object ends nowhere: these prompts are longer than the context."""
+    survives(server, "/generate", {"input_ids": [65] * TOO_LONG, "sampling_params": params})
+
+
+@ONE
+@FUZZ
 @given(params=st.lists(SAMPLING, min_size=1, max_size=3), fields=GENERATE)
 def test_any_batch(server: Running, params: list[dict[str, Any]], fields: dict[str, Any]) -> None:
     """Prompts and lists of settings that need not be of one length."""
@@ -146,13 +165,23 @@ def test_any_batch(server: Running, params: list[dict[str, Any]], fields: dict[s
 
 
 @ONE
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ENDPOINTS)
 @FUZZ
 @given(fields=OPENAI)
-def test_any_fields_of_openai(server: Running, path: str, fields: dict[str, Any]) -> None:
-    messages = [{"role": "user", "content": PROMPT}]
-    prompt = {"messages": messages} if "chat" in path else {"prompt": PROMPT}
-    survives(server, path, {"model": "tiny", "max_tokens": 4, **prompt, **SHORT, **fields})
+def test_any_fields_of_other_endpoints(server: Running, path: str, fields: dict[str, Any]) -> None:
+    survives(server, path, {"model": "tiny", "max_tokens": 4, **ENDPOINTS[path], **SHORT, **fields})
+
+
+@ONE
+@pytest.mark.parametrize("name", ["cache_salt", "extra_key"])
+def test_a_salt_that_is_a_list(server: Running, name: str) -> None:
+    before = server.server.kv_policy()["requests_refused"]
+    body = {"model": "tiny", "prompt": PROMPT, "rid": f"bad-{name}", name: ["a"]}
+    response = post(server, "/v1/completions", body)
+    assert response.status_code == 400
+    assert f"{name} ['a'] does not work" in response.text
+    assert server.server.kv_policy()["requests_refused"] == before + 1
+    assert len(lines(server, f"bad-{name}")) == 1
 
 
 SEEN: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
@@ -160,6 +189,9 @@ SEEN: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
     ("true", {"custom_params": {"kv_policy": True}}, {}, ["custom_params['kv_policy']", "True"]),
     ("a list", {"custom_params": {"kv_policy": ["budget"]}}, {}, ["['budget']", "object"]),
     ("half a token", {"max_new_tokens": 16.5}, {}, ["max_new_tokens 16.5", "whole number"]),
+    ("no samples", {"n": "x"}, {}, ["n 'x'", "whole number"]),
+    ("a list of one", {}, {"sampling_params": [SHORT]}, ["sampling_params [", "one object"]),
+    ("an empty list", {}, {"sampling_params": []}, ["sampling_params [] is empty"]),
     ("a word", {"min_new_tokens": "x"}, {}, ["min_new_tokens 'x'", "whole number"]),
     ("a list of keys", {}, {"extra_key": ["a"]}, ["extra_key ['a']", "str"]),
     ("before the prompt", {}, {"return_logprob": True, "logprob_start_len": -7}, ["-7", "-1"]),
