@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +19,8 @@ import requests
 
 READY_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
+# Below those that Linux gives to clients.
+PORTS = (20000, 32000)
 # Stock SGLang: of our plugins only the platform that makes it run without an accelerator.
 STOCK_ENVIRONMENT = {"SGLANG_PLUGINS": "sglang_tri_cpu"}
 
@@ -152,8 +156,9 @@ class Server(Endpoint):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody listens on now, and that no client is given before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -49,6 +49,7 @@ UNREAD = {
 }
 RETRACTED = 24  # Requests of each kind; SGLang never retracts one that runs alone.
 AT_ONCE, LENGTH = 6, 130
+SCHEDULES = {"no overlap": ["--disable-overlap-schedule"], "overlap": []}
 SAMPLING: dict[str, dict[str, Any]] = {
     "nothing": {},
     "frequency_penalty 1.0": {"frequency_penalty": 1.0},
@@ -120,10 +121,10 @@ def update_in_a_pause(servers: Servers) -> str:
     return f"{status}, {'goes on' if goes_on else 'has ended'}"
 
 
-def retract_each(servers: Servers) -> list[list[str]]:
+def retract_each(servers: Servers, schedule: str, arguments: Sequence[str]) -> list[list[str]]:
     """Each request alone and beside others that are retracted: how many outputs differ."""
-    rows = [["sampling", "retracted", "differ", "not retracted", "differ"]]
-    with servers.start(["--disable-overlap-schedule"], retracts=True) as server:
+    rows = [[schedule, "retracted", "differ", "not retracted", "differ"]]
+    with servers.start(arguments, retracts=True) as server:
         for name, params in SAMPLING.items():
             asked = [
                 {**body(**{"max_new_tokens": LENGTH, "ignore_eos": True, **params}), "text": text}
@@ -149,14 +150,17 @@ def count(alone: list[dict[str, Any]], together: list[dict[str, Any]]) -> list[i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", action="store_true", help="to a server with a policy")
+    parser.add_argument("--retraction", action="store_true", help="only what a retraction changes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = make_model("qwen3", Path(folder) / "model")
         servers = Servers(model, arguments.policy, Path(folder))
         print(machine())
-        print(table(send_each(servers)), flush=True)
-        print(f"update of weights in a pause that retracts: {update_in_a_pause(servers)}")
-        print(table(retract_each(servers)))
+        if not arguments.retraction:
+            print(table(send_each(servers)), flush=True)
+            print(f"update of weights in a pause that retracts: {update_in_a_pause(servers)}")
+        for schedule, more in SCHEDULES.items():
+            print(table(retract_each(servers, schedule, more)), flush=True)
 
 
 if __name__ == "__main__":

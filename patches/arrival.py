@@ -116,6 +116,16 @@ def _impossible(message: TokenizedGenerateReqInput) -> str:
     return ""
 
 
+def _wrong_token(obj: Any) -> str:
+    """The first input id that is no 64-bit number; "" if all are."""
+    for position, token in enumerate(obj.input_ids or ()):
+        try:
+            array("q", [token])
+        except (TypeError, OverflowError):
+            return f"token {shown(token)} at position {position} of the input is not a token id."
+    return ""
+
+
 def join_key(
     original: Callable[..., str | None], serving: OpenAIServingBase, request: Any
 ) -> str | None:
@@ -125,16 +135,6 @@ def join_key(
     except KvPolicyError as error:
         rid = getattr(request, "rid", None)
         raise refused(serving.tokenizer_manager, rid, str(error)) from error
-
-
-def _wrong_token(obj: Any) -> str:
-    """The first input id that is no 64-bit number; "" if all are."""
-    for position, token in enumerate(obj.input_ids or ()):
-        try:
-            array("q", [token])
-        except (TypeError, OverflowError):
-            return f"token {shown(token)} at position {position} of the input is not a token id."
-    return ""
 
 
 def refused(manager: TokenizerManager, rid: object, reason: str) -> KvPolicyError:

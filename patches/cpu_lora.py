@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from sglang.srt.lora.lora_manager import LoRAManager
 from torch.overrides import TorchFunctionMode
-
-# What of the manager makes pinned tensors, itself or in what it calls.
-PINNING = ("__init__", "load_lora_adapter", "load_lora_adapter_from_tensors", "prepare_lora_batch")
 
 
 class Unpinned(TorchFunctionMode):
@@ -32,18 +27,7 @@ class Unpinned(TorchFunctionMode):
         return func(*args, **given)
 
 
-def install() -> None:
-    """Let SGLang's manager of adapters run `Unpinned`; once, however often it is called."""
-    for name in PINNING:
-        method = getattr(LoRAManager, name)
-        if not hasattr(method, "__wrapped__"):
-            setattr(LoRAManager, name, _unpinned(method))
-
-
-def _unpinned(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with Unpinned():
-            return method(*args, **kwargs)
-
-    return run
+def unpin(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND what of LoRAManager makes pinned tensors, itself or in what it calls."""
+    with Unpinned():
+        return original(manager, *args, **kwargs)

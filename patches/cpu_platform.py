@@ -104,10 +104,10 @@ class TorchCpuPlatform(CpuSRTPlatform):
         """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-        from sglang_tri.patches import cpu_lora
+        from sglang_tri.patches import hooks, table
 
         register_attention_backend("torch_native")(_make_attention)
-        cpu_lora.install()
+        hooks.wrap(table.stage(table.CPU))
         torch.compiler.set_stance("force_eager")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, torch.get_num_threads() - OTHER_PROCESSES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -59,6 +60,22 @@ def register(hooks: Sequence[Hook]) -> None:
     source = HookSource("sglang_tri", "sglang-tri")
     for hook in hooks:
         HookRegistry.register(hook.target, hook.function, HookType[hook.kind], source=source)
+
+
+def wrap(hooks: Sequence[Hook]) -> None:
+    """Put AROUND hooks in place at once, where SGLang's registry still waits for all plugins."""
+    for row in hooks:
+        if not is_installed(row):
+            path, name = row.target.rsplit(".", 1)
+            setattr(pkgutil.resolve_name(path), name, _wrapped(_resolve(row.target), row.function))
+
+
+def _wrapped(function: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return hook(function, *args, **kwargs)
+
+    return call
 
 
 def verify(hooks: Sequence[Hook]) -> None:

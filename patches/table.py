@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang_tri.patches import (
     admission,
     arrival,
+    cpu_lora,
     decode,
     flags,
     launch,
@@ -17,8 +18,8 @@ from sglang_tri.patches import (
 from sglang_tri.patches.hooks import AFTER, AROUND, BEFORE, Hook
 
 # When a hook is installed: at every start of SGLang; in the main process and in the scheduler
-# process of a server whose policy is on.
-ENTRY, MAIN, SCHEDULER = "entry", "main", "scheduler"
+# process of a server whose policy is on; wherever the CPU platform runs a model.
+ENTRY, MAIN, SCHEDULER, CPU = "entry", "main", "scheduler", "cpu"
 
 _SRT = "sglang.srt."
 _ARGS = _SRT + "server_args.ServerArgs."
@@ -35,6 +36,7 @@ _ENGINE = _SRT + "entrypoints.engine.Engine."
 _COMMON = _SRT + "mem_cache.common."
 _REQ = _SRT + "managers.schedule_batch.Req."
 _TREE = _SRT + "mem_cache.radix_cache.RadixCache."
+_LORA = _SRT + "lora.lora_manager.LoRAManager."
 _WEIGHTS = _SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 
 # fmt: off
@@ -123,6 +125,11 @@ TABLE = (
          "counters in /server_info"),
     Hook(SCHEDULER, _POOL + "get_decode_usage_msg_parts", AFTER, responses.report_usage, ("self",),
          "counters in the decode log line"),
+    Hook(CPU, _LORA + "__init__", AROUND, cpu_lora.unpin, ("self",), "LoRA without pinned memory"),
+    Hook(CPU, _LORA + "load_lora_adapter", AROUND, cpu_lora.unpin, ("self",), "the same"),
+    Hook(CPU, _LORA + "load_lora_adapter_from_tensors", AROUND, cpu_lora.unpin, ("self",),
+         "the same"),
+    Hook(CPU, _LORA + "prepare_lora_batch", AROUND, cpu_lora.unpin, ("self",), "the same"),
 )
 # fmt: on
 

@@ -46,7 +46,9 @@ def run(code: str) -> str:
 
 
 def test_what_is_installed_when(servers: object) -> None:
-    """Without a policy only the flags; and a hook that SGLang skips does not go unnoticed."""
+    """Without a policy the flags, and what the CPU platform needs; and a hook that SGLang skips
+    does not go unnoticed.
+    """
     model = servers.model("qwen3")  # type: ignore[attr-defined]
     code = f"""
 import json
@@ -68,8 +70,8 @@ except ValueError as error:
 print(json.dumps([sorted(set(installed)), len(installed), attributes, said]))
 """
     stages, count, attributes, said = json.loads(run(code))
-    assert stages == [table.ENTRY]
-    assert count == len(table.stage(table.ENTRY))
+    assert stages == [table.CPU, table.ENTRY]
+    assert count == len(table.stage(table.CPU)) + len(table.stage(table.ENTRY))
     assert attributes == []
     assert "check_decode_mem: was not replaced" in said
 
