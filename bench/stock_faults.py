@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,7 @@ READ = {
     "logprob_start_len -7": body({"return_logprob": True, "logprob_start_len": -7}),
     "input_ids [[]]": body({"input_ids": [[]]}),
     "extra_key ['a']": body({"extra_key": ["a"]}),
+    "lora_id ['a']": body({"lora_id": ["a"]}),
     "positional_embed_overrides 5": body({"positional_embed_overrides": 5}),
     "custom_params {'kv_policy': 5}": body(custom_params={"kv_policy": 5}),
 }
@@ -45,6 +47,7 @@ UNREAD = {
     "skip_special_tokens 1": body(skip_special_tokens=1),
     "top_logprobs_num 1000000000": body({"return_logprob": True, "top_logprobs_num": 10**9}),
     "logit_bias {'5': 1e300}": body(logit_bias={"5": 1e300}),
+    "session_params {'id': {}}": body({"session_params": {"id": {}}}),
     "min_new_tokens 2, stop_token_ids [5000]": body(min_new_tokens=2, stop_token_ids=[5000]),
 }
 RETRACTED = 24  # Requests of each kind; SGLang never retracts one that runs alone.
@@ -90,18 +93,15 @@ def answer(server: Server, path: str, request: dict[str, Any]) -> str:
 
 def send_each(servers: Servers) -> list[list[str]]:
     """Each request by itself: its answer, and whether the next one is answered."""
-    rows, server = [["request", "answer", "server"]], None
-    for name, request in (READ | UNREAD).items():
-        if server is None:
-            server = servers.start().__enter__()
-        status = answer(server, "/generate", request)
-        goes_on = answer(server, "/generate", body()) == "200"
-        rows.append([name, status, "goes on" if goes_on else "has ended"])
-        if not goes_on:
-            server.stop()
-            server = None
-    if server is not None:
-        server.stop()
+    rows, waiting = [["request", "answer", "server"]], list((READ | UNREAD).items())
+    while waiting:
+        with servers.start() as server:
+            goes_on = True
+            while waiting and goes_on:
+                name, request = waiting.pop(0)
+                status = answer(server, "/generate", request)
+                goes_on = answer(server, "/generate", body()) == "200"
+                rows.append([name, status, "goes on" if goes_on else "has ended"])
     return rows
 
 
@@ -110,14 +110,13 @@ def update_in_a_pause(servers: Servers) -> str:
     with servers.start() as server, ThreadPoolExecutor(1) as pool:
         long = body(max_new_tokens=4000, ignore_eos=True)
         running = pool.submit(answer, server, "/generate", long)
-        while not server.internal_state()["last_gen_throughput"]:
-            pass
+        while not server.internal_state()["last_gen_throughput"] and not running.done():
+            time.sleep(0.1)
         answer(server, "/pause_generation", {"mode": "retract"})
         update = {"model_path": server.server_info()["model_path"]}
         status = answer(server, "/update_weights_from_disk", update)
         answer(server, "/continue_generation", {})
         goes_on = answer(server, "/generate", body()) == "200"
-        running.cancel()
     return f"{status}, {'goes on' if goes_on else 'has ended'}"
 
 

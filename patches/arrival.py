@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from sglang_tri.errors import KvPolicyError, shown
@@ -16,7 +17,7 @@ from sglang_tri.patches import flags, request_settings, salts, wire
 
 if TYPE_CHECKING:
     from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
-    from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
+    from sglang.srt.managers.io_struct import GenerateReqInput
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 logger = logging.getLogger(__name__)
@@ -25,29 +26,29 @@ _COUNT = "kv_policy_refused"
 
 
 def check_shape(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE generate_request: what SGLang takes the number of prompts and samples from."""
+    """BEFORE generate_request: what SGLang takes the number of requests and their adapter from."""
     params = getattr(obj, "sampling_params", None)
     if params == []:
         raise refused(manager, obj.rid, "sampling_params [] is empty: leave it out.")
     for own in params if isinstance(params, list) else [params]:
-        samples = own.get("n") if isinstance(own, dict) else None
-        if samples is not None and not _is_whole(samples):
-            raise refused(manager, obj.rid, _not_whole("n", samples))
+        samples = own.get("n", 1) if isinstance(own, dict) else 1
+        if samples != 1 and not isinstance(samples, Integral):
+            raise refused(manager, obj.rid, _wrong("n", samples, "a whole number"))
+    # SGLang's own name of an adapter, which it works out from `lora_path`.
+    if getattr(obj, "lora_id", None) is not None:
+        raise refused(manager, obj.rid, _wrong("lora_id", obj.lora_id, "lora_path"))
 
 
-def check(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE _init_req_state: what of each request is read before it is packed."""
+def check_fields(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE _init_req_state: the fields of each request that are read on its way or later."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     if not isinstance(obj, GenerateReqInput):
         return
     for item in _items(manager, obj):
-        if not isinstance(item.rid, str):
-            raise refused(manager, item.rid, f"rid {shown(item.rid)} does not work: send a string.")
-        try:
-            _check_sampling(manager, item.sampling_params)
-        except KvPolicyError as error:
-            raise refused(manager, item.rid, str(error)) from error
+        reason = _wrong_field(item) or _wrong_sampling(manager, item.sampling_params)
+        if reason:
+            raise refused(manager, item.rid, reason)
 
 
 def _items(manager: TokenizerManager, obj: GenerateReqInput) -> list[GenerateReqInput]:
@@ -56,29 +57,44 @@ def _items(manager: TokenizerManager, obj: GenerateReqInput) -> list[GenerateReq
         return [obj]
     try:
         return [obj[index] for index in range(obj.batch_size)]
-    except (IndexError, TypeError) as error:
-        reason = f"a list is shorter than the {obj.batch_size} prompts that it belongs to: {error}"
+    except (LookupError, TypeError) as error:
+        reason = f"what was sent does not fit {obj.batch_size} prompts: {error!r}"
         raise refused(manager, obj.rid, reason) from error
 
 
-def _check_sampling(manager: TokenizerManager, params: object) -> None:
+def _wrong_field(item: GenerateReqInput) -> str:
+    from sglang.srt.managers.embed_types import PositionalEmbeds
+
+    start, embeds = item.logprob_start_len, item.positional_embed_overrides
+    for name in ("rid", "extra_key", "lora_path"):
+        value = getattr(item, name)
+        if not isinstance(value, str) and (value is not None or name == "rid"):
+            return _wrong(name, value, "one string")
+    if not isinstance(start, Integral) or (item.return_logprob and start < -1):
+        return _wrong("logprob_start_len", start, "a position in the prompt, or -1")
+    if embeds is not None and not isinstance(embeds, PositionalEmbeds):
+        return _wrong("positional_embed_overrides", embeds, "none over HTTP")
+    return ""
+
+
+def _wrong_sampling(manager: TokenizerManager, params: object) -> str:
     if not isinstance(params, dict):
-        raise KvPolicyError(f"sampling_params {shown(params)} does not work: send one object.")
+        return _wrong("sampling_params", params, "one object")
     for name in ("max_new_tokens", "min_new_tokens"):
         value = params.get(name)
-        if value is not None and not _is_whole(value):
-            raise KvPolicyError(_not_whole(name, value))
+        if value is not None and not isinstance(value, Integral):
+            return _wrong(name, value, "a whole number")
     settings = flags.attached(manager.server_args)
-    if settings is not None:
-        request_settings.settings_of(settings, params.get("custom_params"))
+    try:
+        if settings is not None:
+            request_settings.settings_of(settings, params.get("custom_params"))
+    except KvPolicyError as error:
+        return str(error)
+    return ""
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _not_whole(name: str, value: object) -> str:
-    return f"{name} {shown(value)} does not work: send a whole number."
+def _wrong(name: str, value: object, instead: str) -> str:
+    return f"{name} {shown(value)} does not work: send {instead}."
 
 
 def pack(
@@ -92,28 +108,11 @@ def pack(
     except (TypeError, OverflowError) as error:
         raise refused(manager, obj.rid, _wrong_token(obj) or str(error)) from error
     if isinstance(message, TokenizedGenerateReqInput):
-        _check_message(manager, message)
-    return message
-
-
-def _check_message(manager: TokenizerManager, message: TokenizedGenerateReqInput) -> None:
-    if isinstance(message.extra_key, str):
         message.extra_key = salts.separated(message.extra_key)
-    reason = wire.unreadable(message) or _impossible(message)
-    if reason:
-        raise refused(manager, message.rid, reason)
-
-
-def _impossible(message: TokenizedGenerateReqInput) -> str:
-    """What the scheduler can read and would end at; "" if there is nothing."""
-    if not message.input_ids and not message.input_embeds:
-        return "the prompt is empty: send a token at least."
-    if message.logprob_start_len < -1:
-        return (
-            f"logprob_start_len {message.logprob_start_len} does not work: send a position in the "
-            "prompt, or -1 for none."
-        )
-    return ""
+        reason = wire.unreadable(message)
+        if reason:
+            raise refused(manager, message.rid, reason)
+    return message
 
 
 def _wrong_token(obj: Any) -> str:

@@ -28,6 +28,6 @@ class Unpinned(TorchFunctionMode):
 
 
 def unpin(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND what of LoRAManager makes pinned tensors, itself or in what it calls."""
+    """AROUND LoRAManager's methods that make pinned tensors, themselves or in what they call."""
     with Unpinned():
         return original(manager, *args, **kwargs)

@@ -63,9 +63,12 @@ def register(hooks: Sequence[Hook]) -> None:
 
 
 def wrap(hooks: Sequence[Hook]) -> None:
-    """Put AROUND hooks in place at once, where SGLang's registry still waits for all plugins."""
+    """Put AROUND hooks in place at once, where SGLang's registry still waits for all plugins.
+
+    A target that this SGLang does not have is left out: nothing calls it.
+    """
     for row in hooks:
-        if not is_installed(row):
+        if not probe(row) and not is_installed(row):
             path, name = row.target.rsplit(".", 1)
             setattr(pkgutil.resolve_name(path), name, _wrapped(_resolve(row.target), row.function))
 

@@ -26,8 +26,10 @@ def admit(scheduler: Scheduler, req: Req, is_retracted: bool = False) -> None:
     if adapter.has_state(req):
         return
     adapter.attach_state(req, None)
+    if req.to_finish is not None:
+        return  # It was refused already.
     try:
-        _check_vocabulary(req)
+        _check_prompt(req)
         runtime = active.get().runtime
         settings = request_settings.settings_of(runtime.settings, adapter.custom_params(req))
         state = runtime.admit(req.rid, req.origin_input_ids, settings, req.extra_key)
@@ -42,8 +44,10 @@ def refuse(req: Req, reason: str) -> None:
     req.set_finish_with_abort(reason)
 
 
-def _check_vocabulary(req: Req) -> None:
+def _check_prompt(req: Req) -> None:
     """Ids outside the vocabulary stand for compressed history: nobody may send them."""
+    if not req.origin_input_ids:
+        raise KvPolicyError("the prompt is empty: send a token at least.")
     position = adapter.token_outside_vocabulary(req)
     if position is not None:
         raise KvPolicyError(

@@ -53,7 +53,7 @@ TABLE = (
          "confirm that the scheduler runs the policy"),
     Hook(MAIN, _TOKENIZER + "generate_request", BEFORE, arrival.check_shape, ("self", "obj"),
          "refuse what cannot be told apart into requests"),
-    Hook(MAIN, _TOKENIZER + "_init_req_state", BEFORE, arrival.check, ("self", "obj"),
+    Hook(MAIN, _TOKENIZER + "_init_req_state", BEFORE, arrival.check_fields, ("self", "obj"),
          "refuse what a request may not ask for"),
     Hook(MAIN, _TOKENIZER + "_create_tokenized_object", AROUND, arrival.pack, ("self", "obj"),
          "refuse what the scheduler could not read"),
@@ -125,11 +125,14 @@ TABLE = (
          "counters in /server_info"),
     Hook(SCHEDULER, _POOL + "get_decode_usage_msg_parts", AFTER, responses.report_usage, ("self",),
          "counters in the decode log line"),
-    Hook(CPU, _LORA + "__init__", AROUND, cpu_lora.unpin, ("self",), "LoRA without pinned memory"),
-    Hook(CPU, _LORA + "load_lora_adapter", AROUND, cpu_lora.unpin, ("self",), "the same"),
+    Hook(CPU, _LORA + "__init__", AROUND, cpu_lora.unpin, ("self",),
+         "LoRA without pinned memory"),
+    Hook(CPU, _LORA + "load_lora_adapter", AROUND, cpu_lora.unpin, ("self",),
+         "LoRA without pinned memory"),
     Hook(CPU, _LORA + "load_lora_adapter_from_tensors", AROUND, cpu_lora.unpin, ("self",),
-         "the same"),
-    Hook(CPU, _LORA + "prepare_lora_batch", AROUND, cpu_lora.unpin, ("self",), "the same"),
+         "LoRA without pinned memory"),
+    Hook(CPU, _LORA + "prepare_lora_batch", AROUND, cpu_lora.unpin, ("self",),
+         "LoRA without pinned memory"),
 )
 # fmt: on
 

@@ -115,14 +115,14 @@ def test_waiting_requests_are_admitted_while_nobody_finishes(server: Running) ->
 @SMALL
 def test_an_output_longer_than_the_pool(server: Running) -> None:
     """And it is what the oracle says."""
-    request = Ask(tokens_of("Longer than the pool"), SMALL_POOL + 500, {}, 1.0)
+    request = Ask(tokens_of("Longer than the pool"), SMALL_POOL + 500)
     answer = send(server, request)
     assert len(answer.ids) == SMALL_POOL + 500
     oracle = Oracle(server.model, server.stats)
     judged = oracle.replay(
         request.prompt, answer.ids, simulated({}), 1, recorded_rounds(server.trace, answer.rid)
     )
-    assert answer.error(judged.logprobs) < 2e-4  # The worst of 2,500 tokens, in float32.
+    assert answer.error(judged.logprobs) < 1e-4
     assert len(judged.rounds) > SMALL_POOL // INTERVAL
 
 

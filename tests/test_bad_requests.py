@@ -68,7 +68,7 @@ SAMPLING = st.fixed_dictionaries(
         "ignore_eos": VALUES,
         "custom_params": st.one_of(VALUES, st.fixed_dictionaries({"kv_policy": OWN})),
         # SGLang makes as many requests as it says, whatever memory that takes.
-        "n": st.one_of(st.integers(-1, 3), st.text(max_size=3), st.just(1.5), st.lists(SCALARS)),
+        "n": st.one_of(st.integers(-1, 3), st.sampled_from([None, True, 1.0, 1.5, "2", [2], {}])),
     },
 )
 GENERATE = st.fixed_dictionaries(
@@ -77,7 +77,9 @@ GENERATE = st.fixed_dictionaries(
         "input_ids": st.one_of(VALUES, st.lists(NUMBERS, max_size=5)),
         "rid": VALUES,
         "extra_key": VALUES,
-        "lora_path": VALUES,
+        "lora_path": st.one_of(VALUES, st.sampled_from(["a", ["a"], [None]])),
+        "lora_id": VALUES,
+        "session_params": st.fixed_dictionaries({"id": st.text(max_size=5)}),
         "priority": st.one_of(NUMBERS, VALUES),
         "return_logprob": VALUES,
         "logprob_start_len": st.one_of(NUMBERS, VALUES),
@@ -138,7 +140,7 @@ def test_any_sampling_parameters(server: Running, params: dict[str, Any]) -> Non
     survives(server, "/generate", {"text": PROMPT, "sampling_params": {**SHORT, **params}})
 
 
-@ONE
+@pytest.mark.parametrize("server", ["page1-overlap", "lora-page16"], indirect=True)
 @FUZZ
 @given(fields=GENERATE)
 def test_any_fields_of_generate(server: Running, fields: dict[str, Any]) -> None:
@@ -193,6 +195,8 @@ SEEN: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
     ("a list of one", {}, {"sampling_params": [SHORT]}, ["sampling_params [", "one object"]),
     ("an empty list", {}, {"sampling_params": []}, ["sampling_params [] is empty"]),
     ("a word", {"min_new_tokens": "x"}, {}, ["min_new_tokens 'x'", "whole number"]),
+    ("a list of adapters", {}, {"lora_path": ["a"]}, ["lora_path ['a']", "one string"]),
+    ("SGLang's name", {}, {"lora_id": '["victim", null]'}, ["lora_id", "victim", "send lora_path"]),
     ("a list of keys", {}, {"extra_key": ["a"]}, ["extra_key ['a']", "str"]),
     ("before the prompt", {}, {"return_logprob": True, "logprob_start_len": -7}, ["-7", "-1"]),
     ("no prompt", {}, {"input_ids": [[]]}, ["prompt is empty"]),
@@ -241,9 +245,10 @@ def test_refused_by_the_scheduler(server: Running) -> None:
 @ONE
 def test_what_sglang_serves_is_served(server: Running) -> None:
     """Values of other types that SGLang 0.5.17 takes, and no hook reads."""
-    params = {**SHORT, "custom_params": {"mine": {"nested": [1]}}, "ignore_eos": 1}
-    body = {"text": PROMPT, "sampling_params": params, "return_logprob": [True]}
-    assert post(server, "/generate", body).status_code == 200
+    params = {**SHORT, "custom_params": {"mine": {"nested": [1]}}, "ignore_eos": 1, "n": 1.0}
+    body = {"text": PROMPT, "sampling_params": params}
+    for fields in ({"return_logprob": [True]}, {"logprob_start_len": -7}):
+        assert post(server, "/generate", {**body, **fields}).status_code == 200
 
 
 @ONE

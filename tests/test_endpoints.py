@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from bench.decode_log import DecodeLog
 from tests.client import Answer, Ask, known_logprobs, send, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
@@ -106,9 +107,10 @@ def test_retracted_by_a_pause(server: Running, updates: bool) -> None:
     others = [Talk(server, f"paused {updates} {number}") for number in range(3)]
     asks = [other.ask("Go on and on.", 4 * LONG) for other in others]
     with ThreadPoolExecutor(len(asks)) as pool:
-        rounds = server.server.kv_policy()["rounds"]
+        log, rounds = DecodeLog(server.server.log), server.server.kv_policy()["rounds"]
         answers = pool.map(lambda request: send(server, request), asks)
         wait_for_rounds(server, rounds + 6)
+        wait_until(lambda: any(line.running == len(asks) for line in log.read_new()))
         with paused(server, "retract"):
             if updates:
                 update_weights(server, flush_cache=False)
@@ -151,8 +153,12 @@ def paused(server: Running, mode: str) -> Iterator[None]:
 
 
 def wait_for_rounds(server: Running, rounds: int) -> None:
+    wait_until(lambda: bool(server.server.kv_policy()["rounds"] >= rounds))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while server.server.kv_policy()["rounds"] < rounds:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -58,7 +58,7 @@ def test_every_mode(server: Running) -> None:
     """Of most answers all rounds are the decoder's, and half of the log-probabilities to 1e-4."""
     oracle = Oracle(server.model, server.stats, kv_dtype=E4M3)
     asks = [
-        Ask(tokens_of(f"Request {number} in mode {mode}."), LONG, policy, float(number % 2))
+        Ask(tokens_of(f"Request {number} in mode {mode}."), LONG, policy)
         for number in range(EACH)
         for mode, policy in enumerate(POLICIES)
     ]
