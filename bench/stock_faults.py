@@ -66,6 +66,15 @@ SAMPLING: dict[str, dict[str, Any]] = {
 }
 
 
+# SGLang's own test of retraction; and its check that no slot is lost or freed twice.
+RETRACTS = {
+    "SGLANG_TEST_RETRACT": "1",
+    "SGLANG_TEST_RETRACT_INTERVAL": "40",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+}
+STRIPS = ("--reasoning-parser", "qwen3", "--strip-thinking-cache")
+
+
 class Servers:
     """Servers of one kind, one after the other: a new one where the last has ended."""
 
@@ -77,7 +86,7 @@ class Servers:
         self._started += 1
         environment = {} if self._policy else dict(STOCK_ENVIRONMENT)
         if retracts:
-            environment |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+            environment |= RETRACTS
         given = [*arguments, *(POLICY if self._policy else ())]
         log = self._folder / f"{self._started}.log"
         return Server(self._model, ["--max-total-tokens", "8192", *given], log, environment)
@@ -120,6 +129,16 @@ def update_in_a_pause(servers: Servers) -> str:
     return f"{status}, {'goes on' if goes_on else 'has ended'}"
 
 
+def strip_retracted(servers: Servers) -> str:
+    """Reasoning requests that are retracted, and stripped of their reasoning at their end."""
+    thinks = body({"require_reasoning": True}, max_new_tokens=200, ignore_eos=True)
+    with servers.start(STRIPS, retracts=True) as server, ThreadPoolExecutor(AT_ONCE) as pool:
+        asked = [{**thinks, "text": f"{number} think"} for number in range(AT_ONCE)]
+        statuses = list(pool.map(lambda request: answer(server, "/generate", request), asked))
+        goes_on = answer(server, "/generate", body()) == "200"
+    return f"{', '.join(sorted(set(statuses)))}, {'goes on' if goes_on else 'has ended'}"
+
+
 def retract_each(servers: Servers, schedule: str, arguments: Sequence[str]) -> list[list[str]]:
     """Each request alone and beside others that are retracted: how many outputs differ."""
     rows = [[schedule, "retracted", "differ", "not retracted", "differ"]]
@@ -158,6 +177,7 @@ def main() -> None:
         if not arguments.retraction:
             print(table(send_each(servers)), flush=True)
             print(f"update of weights in a pause that retracts: {update_in_a_pause(servers)}")
+            print(f"--strip-thinking-cache and retraction: {strip_retracted(servers)}", flush=True)
         for schedule, more in SCHEDULES.items():
             print(table(retract_each(servers, schedule, more)), flush=True)
 
