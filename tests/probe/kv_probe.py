@@ -104,7 +104,7 @@ def _answer(result, scheduler, requests):
 
 
 def _tree_digests(scheduler):
-    """Digest of K and V of every slot in the tree, by the pages of tokens that lead to it."""
+    """Digest of K and V of every slot in the tree, by the keys and pages that lead to it."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     page = scheduler.page_size
     digests = {}
@@ -115,9 +115,8 @@ def _tree_digests(scheduler):
             slots, prefix = child.value.tolist(), path
             tokens = list(child.key.token_ids)[: len(slots)]
             for first in range(0, len(slots), page):
-                prefix = hashlib.sha1(
-                    f"{prefix} {tokens[first : first + page]}".encode()
-                ).hexdigest()
+                step = f"{prefix} {child.key.extra_key} {tokens[first : first + page]}"
+                prefix = hashlib.sha1(step.encode()).hexdigest()
                 for slot in slots[first : first + page]:
                     digests[f"{prefix}:{slot % page}"] = [slot, _digest(pool, slot)]
             todo.append((child, prefix))
