@@ -64,8 +64,6 @@ SAMPLING: dict[str, dict[str, Any]] = {
         "ignore_eos": False,
     },
 }
-
-
 # SGLang's own test of retraction; and its check that no slot is lost or freed twice.
 RETRACTS = {
     "SGLANG_TEST_RETRACT": "1",
@@ -100,17 +98,21 @@ def answer(server: Server, path: str, request: dict[str, Any]) -> str:
         return type(error).__name__
 
 
+def afterwards(server: Server) -> str:
+    """Whether a request that has nothing wrong is answered still."""
+    return "goes on" if answer(server, "/generate", body()) == "200" else "has ended"
+
+
 def send_each(servers: Servers) -> list[list[str]]:
     """Each request by itself: its answer, and whether the next one is answered."""
     rows, waiting = [["request", "answer", "server"]], list((READ | UNREAD).items())
     while waiting:
         with servers.start() as server:
-            goes_on = True
-            while waiting and goes_on:
+            state = "goes on"
+            while waiting and state == "goes on":
                 name, request = waiting.pop(0)
-                status = answer(server, "/generate", request)
-                goes_on = answer(server, "/generate", body()) == "200"
-                rows.append([name, status, "goes on" if goes_on else "has ended"])
+                status, state = answer(server, "/generate", request), afterwards(server)
+                rows.append([name, status, state])
     return rows
 
 
@@ -125,8 +127,7 @@ def update_in_a_pause(servers: Servers) -> str:
         update = {"model_path": server.server_info()["model_path"]}
         status = answer(server, "/update_weights_from_disk", update)
         answer(server, "/continue_generation", {})
-        goes_on = answer(server, "/generate", body()) == "200"
-    return f"{status}, {'goes on' if goes_on else 'has ended'}"
+        return f"{status}, {afterwards(server)}"
 
 
 def strip_retracted(servers: Servers) -> str:
@@ -135,8 +136,7 @@ def strip_retracted(servers: Servers) -> str:
     with servers.start(STRIPS, retracts=True) as server, ThreadPoolExecutor(AT_ONCE) as pool:
         asked = [{**thinks, "text": f"{number} think"} for number in range(AT_ONCE)]
         statuses = list(pool.map(lambda request: answer(server, "/generate", request), asked))
-        goes_on = answer(server, "/generate", body()) == "200"
-    return f"{', '.join(sorted(set(statuses)))}, {'goes on' if goes_on else 'has ended'}"
+        return f"{', '.join(sorted(set(statuses)))}, {afterwards(server)}"
 
 
 def retract_each(servers: Servers, schedule: str, arguments: Sequence[str]) -> list[list[str]]:

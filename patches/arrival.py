@@ -84,10 +84,11 @@ def _wrong_sampling(manager: TokenizerManager, params: object) -> str:
         value = params.get(name)
         if value is not None and not isinstance(value, Integral):
             return _wrong(name, value, "a whole number")
-    settings = flags.attached(manager.server_args)
+    custom_params = params.get("custom_params")
+    settings = flags.attached(manager.server_args) if custom_params else None
     try:
         if settings is not None:
-            request_settings.settings_of(settings, params.get("custom_params"))
+            request_settings.settings_of(settings, custom_params)
     except KvPolicyError as error:
         return str(error)
     return ""

@@ -66,10 +66,13 @@ def report_state(result: GetInternalStateReqOutput, *args: Any, **kwargs: Any) -
 async def add_refused(
     original: Callable[..., Awaitable[list[dict[str, Any]]]], manager: TokenizerManager
 ) -> list[dict[str, Any]]:
-    """AROUND TokenizerManager.get_internal_state: requests that never reached the scheduler."""
+    """AROUND TokenizerManager.get_internal_state: requests that never reached the scheduler.
+
+    Another engine in this process may have no policy, and so no report.
+    """
     states = await original(manager)
-    for state in states:
-        state[KEY]["requests_refused"] += arrival.count(manager)
+    for report in (state[KEY] for state in states if KEY in state):
+        report["requests_refused"] += arrival.count(manager)
     return states
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -206,20 +206,24 @@ def forget_physical_ids(req: Req) -> None:
 
 
 @contextmanager
-def physical_tokens(req: Req, chain: Chain) -> Iterator[None]:
-    """Inside, the request's tokens are the ids that the prefix cache knows them by."""
-    logical = req.origin_input_ids, req.output_ids
-    ids = chain.physical_ids(tokens(req))
-    prompt = chain.physical_length(len(req.origin_input_ids))
-    req.origin_input_ids, req.output_ids = ids[:prompt], ids[prompt:]
+def _divided(req: Req, prompt: array[int], output: array[int]) -> Iterator[None]:
+    """Inside, the request's tokens are these."""
+    before = req.origin_input_ids, req.output_ids
+    req.origin_input_ids, req.output_ids = prompt, output
     try:
         yield
     finally:
-        req.origin_input_ids, req.output_ids = logical
+        req.origin_input_ids, req.output_ids = before
 
 
-@contextmanager
-def prompt_in_tree(req: Req) -> Iterator[None]:
+def physical_tokens(req: Req, chain: Chain) -> AbstractContextManager[None]:
+    """Inside, the request's tokens are the ids that the prefix cache knows them by."""
+    ids = chain.physical_ids(tokens(req))
+    prompt = chain.physical_length(len(req.origin_input_ids))
+    return _divided(req, ids[:prompt], ids[prompt:])
+
+
+def prompt_in_tree(req: Req) -> AbstractContextManager[None]:
     """Inside, all that the prefix cache holds of a request counts as its prompt.
 
     With --strip-thinking-cache SGLang frees what lies behind the prompt of a reasoning request.
@@ -227,12 +231,9 @@ def prompt_in_tree(req: Req) -> Iterator[None]:
     """
     prompt, output = req.origin_input_ids, req.output_ids
     more = req.cache_protected_len - len(prompt)
-    if more > 0:
-        req.origin_input_ids, req.output_ids = prompt + output[:more], output[more:]
-    try:
-        yield
-    finally:
-        req.origin_input_ids, req.output_ids = prompt, output
+    if more <= 0:
+        return nullcontext()
+    return _divided(req, prompt + output[:more], output[more:])
 
 
 def count_cached(req: Req, tokens: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from tests.client import Answer, Ask, known_logprobs, send, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
 from tests.test_conversations import Talk, exact, history
-from tests.test_serving import QUESTION, chat_tokens, wait_idle
+from tests.test_serving import QUESTION, chat_tokens, wait_for_rounds, wait_idle, wait_until
 
 OVERLAP = pytest.mark.parametrize("server", ["page1-overlap", "page4-overlap"], indirect=True)
 ONE = pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
@@ -150,17 +149,6 @@ def paused(server: Running, mode: str) -> Iterator[None]:
         yield
     finally:
         assert server.server.post("/continue_generation").ok
-
-
-def wait_for_rounds(server: Running, rounds: int) -> None:
-    wait_until(lambda: bool(server.server.kv_policy()["rounds"] >= rounds))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def update_weights(server: Running, flush_cache: bool) -> None:

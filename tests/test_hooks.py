@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import cli, flags, hooks, launch, table
+from sglang_tri.patches import arrival, cli, flags, hooks, launch, responses, table
 from sglang_tri.patches.hooks import BEFORE, Hook
-from sglang_tri.patches.responses import READY
+from sglang_tri.patches.responses import KEY, READY
 
 TARGET = "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem"
 
@@ -87,6 +89,18 @@ def test_a_scheduler_without_the_policy_is_noticed() -> None:
     info[READY] = "streaming"
     launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
     assert info == {"status": "ready"}
+
+
+def test_an_engine_without_a_policy_beside_one_with() -> None:
+    """The hooks of one process are those of all engines in it."""
+    manager: Any = SimpleNamespace()
+    arrival.refused(manager, "r", "no")
+
+    async def states(_: Any) -> list[dict[str, Any]]:
+        return [{}, {KEY: {"requests_refused": 2}}]
+
+    found = asyncio.run(responses.add_refused(states, manager))
+    assert found == [{}, {KEY: {"requests_refused": 3}}]
 
 
 def test_a_copy_that_lost_the_policy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

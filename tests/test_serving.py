@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import openai
@@ -38,6 +38,18 @@ def wait_idle(server: Running) -> dict[str, Any]:
             return report
         assert time.monotonic() < deadline, report["free"]
         time.sleep(0.2)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_for_rounds(server: Running, rounds: int) -> None:
+    """Until so many were held since the server's start."""
+    wait_until(lambda: bool(server.server.kv_policy()["rounds"] >= rounds))
 
 
 def generate(server: Running, text: str = PROMPT, tokens: int = LONG, **params: Any) -> Any:
@@ -148,10 +160,7 @@ def test_abort_in_mid_generation(server: Running) -> None:
     chunks: list[dict[str, Any]] = []
     reader = threading.Thread(target=lambda: chunks.extend(stream(server, 5000, "to-abort")))
     reader.start()
-    deadline = time.monotonic() + 60
-    while server.server.kv_policy()["rounds"] < rounds + 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_rounds(server, rounds + 3)
     server.server.post("/abort_request", rid="to-abort")
     reader.join(60)
     assert chunks[-1]["meta_info"]["finish_reason"]["type"] == "abort"
