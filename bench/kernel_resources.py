@@ -59,11 +59,11 @@ def _compile(job: Job) -> Resources:
 
 
 def derived(one: Resources) -> dict[str, object]:
-    return {"loads": one.loads, "matrix": one.matrix}
+    return {"loads": one.loads, "matrix": one.matrix, "issued": one.issued}
 
 
 def table(found: list[Resources]) -> list[str]:
-    """Markdown: for each kernel and shape, registers / bytes of shared memory by target."""
+    """Markdown: for each kernel and shape what it takes, by target; see docs/kernels.md."""
     cells = {(one.kernel, one.geometry, one.target): one for one in found}
     lines = [
         "| kernel | shape | " + " | ".join(TARGETS) + " |",
@@ -80,7 +80,8 @@ def table(found: list[Resources]) -> list[str]:
 
 def _cell(one: Resources) -> str:
     spilled = f", {one.local} bytes of local memory" if one.local else ""
-    return f"{one.registers} / {one.shared}{spilled}"
+    issued = "" if one.issued is None else f" / {one.issued:.0f}"
+    return f"{one.registers} / {one.shared}{issued}{spilled}"
 
 
 def report(found: Iterable[Resources]) -> str:

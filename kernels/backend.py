@@ -15,11 +15,13 @@ class Traits:
         warp: threads that run in step.
         fp8: whether the device converts 8-bit floats.
         bf16: whether matrices of bfloat16 can be multiplied: not by Triton's interpreter.
+        tensor_memory: whether tensor cores add up in memory of their own, as Blackwell's do.
     """
 
     warp: int = 32
     fp8: bool = True
     bf16: bool = True
+    tensor_memory: bool = False
 
 
 def has_triton(device: torch.device) -> bool:
@@ -33,5 +35,6 @@ def traits(device: torch.device) -> Traits:
         return Traits(bf16=False)
     if torch.version.hip is not None:
         return Traits(warp=64)
-    # NVIDIA's GPUs before these have no instruction for it.
-    return Traits(fp8=torch.cuda.get_device_capability(device) >= (8, 9))
+    capability = torch.cuda.get_device_capability(device)
+    # NVIDIA's GPUs before 8.9 have no instruction for 8-bit floats; only 10.x has tensor memory.
+    return Traits(fp8=capability >= (8, 9), tensor_memory=capability[0] == 10)

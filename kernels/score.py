@@ -20,6 +20,7 @@ def score(
     key_scale: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     squared: bool = False,
+    buffers: int = score_triton.BUFFERS,
 ) -> Scores:
     """Scores of every candidate of every due request, for all layers and query heads.
 
@@ -36,6 +37,7 @@ def score(
         key_scale: float32 [layers], what stored keys are to be multiplied by; 1 without it.
         workspace: memory for the result; without it, it is allocated.
         squared: whether the squares of the moduli are weighed.
+        buffers: on a GPU: 1, or 2 to load the next tile of keys while one is scored.
 
     Returns:
         The scores, on the device of the keys.
@@ -43,14 +45,18 @@ def score(
     Raises:
         ValueError: the arguments do not fit together, or a dtype is not supported.
     """
-    _check(keys, queries, key_scale)
+    _check(keys, queries, key_scale, buffers)
     if has_triton(keys.device):
         memory = Workspace.or_new(workspace, keys.device)
-        return score_triton.launch(keys, pages, queries, positions, key_scale, memory, squared)
+        return score_triton.launch(
+            keys, pages, queries, positions, key_scale, memory, squared, buffers
+        )
     return _reference(keys, pages, queries, positions, key_scale, squared)
 
 
-def _check(keys: PagedBuffers, queries: Queries, key_scale: torch.Tensor | None) -> None:
+def _check(
+    keys: PagedBuffers, queries: Queries, key_scale: torch.Tensor | None, buffers: int
+) -> None:
     shape = queries.layers, queries.heads, 2 * queries.pairs
     if len(keys) != queries.layers or keys.head_dim != 2 * queries.pairs:
         raise ValueError(
@@ -65,6 +71,8 @@ def _check(keys: PagedBuffers, queries: Queries, key_scale: torch.Tensor | None)
         raise ValueError(f"keys of {keys.dtype} cannot be scored")
     if key_scale is not None and key_scale.shape != (len(keys),):
         raise ValueError(f"key_scale {tuple(key_scale.shape)} has not one entry for each layer")
+    if buffers not in (1, 2):
+        raise ValueError(f"{buffers} buffers: use 1 or 2")
 
 
 def _reference(

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from sglang_tri.kernels.backend import Traits, traits
 from sglang_tri.kernels.device import candidates_of, cosine_and_sine, kernel, locate
+from sglang_tri.kernels.moments_triton import add_places, add_tile, by_column
 from sglang_tri.kernels.pages import PagedBuffers, Pages
 from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.scores import SPLITS, Scores
@@ -41,6 +42,8 @@ _TRITON = {
 _DECODED = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 # Columns of the smallest tile that tensor cores multiply.
 _COLUMNS = 16
+# Tiles of keys in shared memory, unless a caller says otherwise.
+BUFFERS = 1
 
 
 def launch(
@@ -51,6 +54,7 @@ def launch(
     key_scale: torch.Tensor | None,
     workspace: Workspace,
     squared: bool,
+    buffers: int,
 ) -> Scores:
     """See `sglang_tri.kernels.score.score`."""
     shape = queries.layers, pages.requests, queries.heads
@@ -72,17 +76,23 @@ def launch(
         queries.frequencies,
         positions,
         pages.longest,
-        **variant(keys, queries, key_scale is not None, traits(keys.device), squared),
+        **variant(keys, queries, key_scale is not None, traits(keys.device), squared, buffers),
     )
     return Scores(rows, moments)
 
 
 def variant(
-    keys: PagedBuffers, queries: Queries, scaled: bool, device: Traits, squared: bool = False
+    keys: PagedBuffers,
+    queries: Queries,
+    scaled: bool,
+    device: Traits,
+    squared: bool = False,
+    buffers: int = BUFFERS,
 ) -> dict[str, object]:
     """Constants that the kernel is compiled for; none depends on a round.
 
-    `scaled` says whether stored keys have scales, `squared` whether squares of moduli are weighed.
+    `scaled` says whether stored keys have scales, `squared` whether squares of moduli are weighed;
+    for `buffers` see `sglang_tri.kernels.score.score`.
     """
     page, token, head = keys.strides
     group = queries.heads // keys.heads
@@ -108,16 +118,24 @@ def variant(
         "TOKEN_STRIDE": token,
         "HEAD_STRIDE": head,
         "SPLITS": SPLITS,
-        "BLOCK": 32 if _narrow(keys, columns, device) else 64,
-        "num_warps": 4,
-        "num_stages": 3,
+        "BUFFERS": buffers,
+        **_tiles(keys, columns, device, buffers),
     }
 
 
-def _narrow(keys: PagedBuffers, columns: int, device: Traits) -> bool:
-    """Whether a tile has few keys: wide ones would spill, bytes be loaded in pieces of 8."""
-    wide = keys.head_dim > 128 or columns > 8
-    return wide or (keys.dtype.itemsize == 1 and device.warp == 32)
+def _tiles(keys: PagedBuffers, columns: int, device: Traits, buffers: int) -> dict[str, int]:
+    """How many keys a tile has, and how a program works on it."""
+    wide, bytewise = keys.head_dim > 128 or columns > 8, keys.dtype.itemsize == 1
+    # More would spill, or be loaded in pieces of 8 bytes.
+    few = wide or (bytewise and device.warp == 32)
+    if buffers == 1 or device.warp == 64:
+        # AMD's compiler keeps the next tile in registers meanwhile, whatever the stages.
+        return {"BLOCK": 32 if few else 64, "num_warps": 4, "num_stages": 3}
+    if device.tensor_memory:
+        # Products of 64 keys would be added up there, which takes 4 times as many instructions.
+        few = wide or not bytewise
+    # Page indices and addresses come before keys, and take two of the stages.
+    return {"BLOCK": 32 if few else 64, "num_warps": 2 if few else 4, "num_stages": 5}
 
 
 @triton.jit
@@ -228,6 +246,7 @@ def score_kernel(
     HEAD_STRIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):
     """One stretch of one request's candidates, for one layer and KV head: its scores and moments.
 
@@ -241,9 +260,14 @@ def score_kernel(
     layers = tl.num_programs(2)
 
     page, count, skip = candidates_of(indptr, last_page_len, skipped, request, PAGE_SIZE)
-    length = tl.cdiv(tl.cdiv(count, BLOCK), SPLITS) * BLOCK
-    begin = stretch * length
-    end = tl.minimum(begin + length, count)
+    tiles = tl.cdiv(count, BLOCK)
+    if BUFFERS == 1:
+        length = tl.cdiv(tiles, SPLITS) * BLOCK
+        begin = stretch * length
+        end = tl.minimum(begin + length, count)
+    else:
+        begin = tiles * stretch // SPLITS * BLOCK
+        end = tl.minimum(tiles * (stretch + 1) // SPLITS * BLOCK, count)
 
     column = tl.arange(0, GROUP_COLUMNS * PIECES)
     member = column % GROUP_COLUMNS
@@ -273,9 +297,12 @@ def score_kernel(
     keys = tl.multiple_of(keys, 16) + head * HEAD_STRIDE
     member = tl.arange(0, GROUP_COLUMNS)
     row = ((layer * requests + request).to(tl.int64) * HEADS + head) * GROUP + member
-    seen = tl.zeros((GROUP_COLUMNS,), tl.float32)
-    mean = tl.zeros((GROUP_COLUMNS,), tl.float32)
-    squares = tl.zeros((GROUP_COLUMNS,), tl.float32)
+    if BUFFERS == 1:
+        seen = tl.zeros((GROUP_COLUMNS,), tl.float32)
+    else:
+        seen = tl.zeros((BLOCK, GROUP_COLUMNS), tl.float32)
+    mean = tl.zeros_like(seen)
+    squares = tl.zeros_like(seen)
     for start in range(begin, end, BLOCK):
         candidate = start + tl.arange(0, BLOCK)
         inside = candidate < end
@@ -299,16 +326,13 @@ def score_kernel(
         place = rows + row[None, :] * longest + candidate[:, None]
         tl.store(place, score, mask=inside[:, None] & (member < GROUP)[None, :])
 
-        # Chan, Golub, LeVeque 1983: merge the moments of this block into those before it.
         finite = finite & inside[:, None]
-        more = tl.sum(finite.to(tl.float32), 0)
-        centre_of_more = tl.sum(tl.where(finite, score, 0.0), 0) / tl.maximum(more, 1.0)
-        distance = tl.where(finite, score - centre_of_more[None, :], 0.0)
-        step = centre_of_more - mean
-        both = tl.maximum(seen + more, 1.0)
-        squares += tl.sum(distance * distance, 0) + step * step * (seen * more / both)
-        mean += step * (more / both)
-        seen += more
+        if BUFFERS == 1:
+            seen, mean, squares = add_tile(seen, mean, squares, score, finite)
+        else:
+            seen, mean, squares = add_places(seen, mean, squares, score, finite)
+    if BUFFERS > 1:
+        seen, mean, squares = by_column(seen, mean, squares)
     place = moments + row * SPLITS + stretch
     plane = (layers * requests).to(tl.int64) * (HEADS * GROUP * SPLITS)
     tl.store(place, seen, mask=member < GROUP)

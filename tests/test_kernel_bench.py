@@ -193,7 +193,7 @@ def test_a_run_with_tiny_sizes(missing: list[str], tmp_path: Path) -> None:
     assert "per-offset round @1" in done.stdout
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert not found["times_mean_something"]
-    assert len(found["results"]) == 2 * 2 * 8
+    assert len(found["results"]) == 2 * 2 * 9
     assert [goal["met"] for goal in found["goals"]] == [None] * 3
     if "matplotlib" in missing:
         assert "no roofline.png" in done.stdout

@@ -25,6 +25,7 @@ MATRIX = {
 }
 # Of page indices, which are not keys.
 INDEX_BYTES = {"sm_80": 4, "sm_90": 4, "sm_100": 4, "gfx942": 8}
+SCORES = ("score", "score, 2 buffers")
 Found = list[dict[str, Any]]
 
 
@@ -55,21 +56,43 @@ def test_nothing_spills(found: Found) -> None:
     assert all(one["registers"] > 0 for one in found)
 
 
-def test_keys_are_loaded_16_bytes_at_a_time(found: Found) -> None:
-    for one in of(found, "score"):
+@pytest.mark.parametrize("kernel", SCORES)
+def test_keys_are_loaded_16_bytes_at_a_time(found: Found, kernel: str) -> None:
+    for one in of(found, kernel):
         assert set(one["loads"]) <= {16, INDEX_BYTES[one["target"]]}, one["geometry"]
         assert 16 in one["loads"]
 
 
-def test_keys_are_scored_by_tensor_cores(found: Found) -> None:
-    for one in of(found, "score"):
+@pytest.mark.parametrize("kernel", SCORES)
+def test_keys_are_scored_by_tensor_cores(found: Found, kernel: str) -> None:
+    for one in of(found, kernel):
         assert one["matrix"] in MATRIX[one["target"]]
     by_target = {
         one["target"]: one["matrix"]
         for one in found
-        if one["geometry"] == "Qwen3-8B" and one["kernel"] == "score"
+        if one["geometry"] == "Qwen3-8B" and one["kernel"] == kernel
     }
     assert by_target["sm_90"] == "wgmma.mma_async"
+
+
+@pytest.mark.parametrize(("kernel", "ahead"), zip(SCORES, (False, True), strict=True))
+def test_the_next_keys_are_loaded_meanwhile(found: Found, kernel: str, ahead: bool) -> None:
+    """With 2 buffers, loads are under way when the first product of a tile begins."""
+    for one in of(found, kernel):
+        if not one["target"].startswith("gfx"):
+            before = one["text"][: one["text"].index(one["matrix"])]
+            waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", before)
+            assert (int(waits[-1]) > 0) is ahead, (one["geometry"], one["target"])
+
+
+def test_two_buffers_take_fewer_instructions(found: Found) -> None:
+    issued = {
+        kernel: {(one["geometry"], one["target"]): one["issued"] for one in of(found, kernel)}
+        for kernel in SCORES
+    }
+    single, double = issued.values()
+    assert all(double[which] < single[which] for which in single)
+    assert double["Qwen3-8B", "sm_100"] < single["Qwen3-8B", "sm_100"] / 3
 
 
 def test_rows_are_copied_16_bytes_at_a_time_and_read_before_they_are_written(found: Found) -> None:
@@ -109,12 +132,14 @@ def test_kernels_look_at_no_argument() -> None:
         "    print(all(p.is_constexpr or p.do_not_specialize for p in kernel.params))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.split() == ["True"] * 3, result.stderr
+    assert result.stdout.split() == ["True"] * 4, result.stderr
 
 
 def test_the_table_in_the_documents_is_this_one(found: Found) -> None:
     """Registers may differ with the compiler's version; shapes and kernels may not."""
     text = kernel_resources.DOCUMENT.read_text()
     table = text.split(kernel_resources.BEGIN)[1].split(kernel_resources.END)[0]
-    listed = re.findall(r"^\| (score|select|compact) \| ([^|]+) \|", table, re.MULTILINE)
+    listed = re.findall(
+        r"^\| (score|score, 2 buffers|select|compact) \| ([^|]+) \|", table, re.MULTILINE
+    )
     assert set(listed) == {(one["kernel"], one["geometry"]) for one in found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ from sglang_tri.execution import execute
 from sglang_tri.kernels.compact import compact
 from sglang_tri.kernels.moves import Moves
 from sglang_tri.kernels.score import score
+from sglang_tri.kernels.score_triton import BUFFERS
 from sglang_tri.kernels.scores import Scores
 from sglang_tri.kernels.select import select
 from sglang_tri.kernels.workspace import Workspace
@@ -33,6 +35,8 @@ LEAST_EQUAL = 0.99
 TORCH_REQUESTS = 4
 OFFSET_REQUESTS = 1
 BASELINE_REPEATS = 5
+# Operations that score, and the tiles of keys that they hold. The first is the product's.
+SCORES = {"score": BUFFERS, "score, 2 buffers": 2}
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,10 @@ class Operations:
 
     def all(self) -> list[Result]:
         """Scores are taken once: select and compact need what comes before them."""
-        results = [self._result("score", self._score, score_work(self.cell))]
+        results = [
+            self._result(name, partial(self._score, buffers=buffers), score_work(self.cell))
+            for name, buffers in SCORES.items()
+        ]
         scores = [self._score(index) for index in range(self.pool.sets)]
         holes, order = (
             [self._select(scores[index], each, keep) for index, each in enumerate(self.candidates)]
@@ -149,11 +156,18 @@ class Operations:
         times = measure(call, self.pool.sets, self.repeats, self.pool.device, prepare)
         return Result(self.cell, name, times, work, self.cell.requests, moved)
 
-    def _score(self, index: int) -> Scores:
+    def _score(self, index: int, buffers: int = BUFFERS) -> Scores:
         some = self.candidates[index]
         if some.queries is None:
             raise ValueError("candidates without queries cannot be scored")
-        return score(some.keys, some.pages, some.queries, some.logical, None, self.memory)
+        return score(
+            some.keys,
+            some.pages,
+            some.queries,
+            some.logical,
+            workspace=self.memory,
+            buffers=buffers,
+        )
 
     def _select(self, scores: Scores, some: Candidates, keep_order: bool) -> Moves:
         heads, mode = self.cell.model.kv_heads, some.settings.eviction_mode

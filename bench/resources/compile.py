@@ -20,11 +20,12 @@ from sglang_tri.kernels.backend import Traits
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Traits(fp8=False)),
     "sm_90": (GPUTarget("cuda", 90, 32), Traits()),
-    "sm_100": (GPUTarget("cuda", 100, 32), Traits()),
+    "sm_100": (GPUTarget("cuda", 100, 32), Traits(tensor_memory=True)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Traits(warp=64)),
 }
 KERNELS = {
     "score": score_triton.score_kernel,
+    "score, 2 buffers": score_triton.score_kernel,
     "select": select_triton.select_kernel,
     "compact": compact_triton.compact_kernel,
 }
@@ -56,6 +57,9 @@ class Resources:
         shared: bytes of shared memory per program.
         local: bytes of stack and spilled registers per thread.
         text: PTX, or AMD's assembly.
+        loop: instructions in the longest loop; 0 if there is none.
+        warps: of a program.
+        keys: that one pass of the loop scores; None in other kernels.
     """
 
     kernel: str
@@ -65,6 +69,14 @@ class Resources:
     shared: int
     local: int
     text: str
+    loop: int
+    warps: int
+    keys: int | None
+
+    @property
+    def issued(self) -> float | None:
+        """Instructions that each of a multiprocessor's 4 schedulers issues for 64 keys."""
+        return self.loop * self.warps / 4 * 64 / self.keys if self.keys else None
 
     @property
     def loads(self) -> list[int]:
@@ -99,29 +111,64 @@ def resources(kernel: str, geometry: Geometry, target: str) -> Resources:
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, values)
     compiled = triton.compile(source, target=gpu, options=options)
-    if target.startswith("gfx"):
-        return _amd(kernel, geometry.name, target, compiled)
-    return _nvidia(kernel, geometry.name, target, compiled)
+    keys = constants["BLOCK"] if kernel.startswith("score") else None
+    found = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
+    return Resources(kernel, geometry.name, target, *found, options["num_warps"], keys)
 
 
-def _nvidia(kernel: str, geometry: str, target: str, compiled: Any) -> Resources:
+def _nvidia(compiled: Any) -> tuple[int, int, int, str, int]:
+    """Registers, shared and local memory, text, instructions in the longest loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        report, assembly = (
+            subprocess.run(
+                [str(_TOOLS / "cuobjdump"), what, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for what in ("-res-usage", "-sass")
+        )
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    text = compiled.asm["ptx"]
     local = numbers["STACK"] + numbers["LOCAL"]
-    shared = compiled.metadata.shared
-    return Resources(kernel, geometry, target, numbers["REG"], shared, local, text)
+    return numbers["REG"], compiled.metadata.shared, local, compiled.asm["ptx"], sass_loop(assembly)
 
 
-def _amd(kernel: str, geometry: str, target: str, compiled: Any) -> Resources:
+def _amd(compiled: Any) -> tuple[int, int, int, str, int]:
+    """As `_nvidia`."""
     text = compiled.asm["amdgcn"]
     names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
     numbers = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", text)}
     spilled = 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
     local = numbers["private_segment_fixed_size"] + spilled
-    registers, shared = numbers["vgpr_count"], compiled.metadata.shared
-    return Resources(kernel, geometry, target, registers, shared, local, text)
+    return numbers["vgpr_count"], compiled.metadata.shared, local, text, gcn_loop(text)
+
+
+def sass_loop(assembly: str) -> int:
+    """Instructions between the branch that leads back farthest and where it leads, both counted."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", assembly)
+    places = {int(address, 16): index for index, (address, _) in enumerate(lines)}
+    longest = 0
+    for index, (_, instruction) in enumerate(lines):
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", instruction)
+        if target:
+            longest = max(longest, index - places.get(int(target[1], 16), index) + 1)
+    return longest if longest > 1 else 0
+
+
+def gcn_loop(assembly: str) -> int:
+    """The same of AMD's assembly."""
+    places: dict[str, int] = {}
+    count = longest = 0
+    for line in assembly.splitlines():
+        label = re.match(r"(\.LBB\w+):", line)
+        if label:
+            places[label[1]] = count
+        if not re.match(r"\t[a-z]", line):
+            continue
+        count += 1
+        target = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
+        if target:
+            longest = max(longest, count - places.get(target[1], count))
+    return longest

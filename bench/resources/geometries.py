@@ -56,8 +56,13 @@ class Geometry:
             self.interleaved,
         )
         heads = 1 if self.mode == "union" else self.kv_heads
+        score, double = (
+            score_triton.variant(cache, queries, False, device, self.squared, buffers)
+            for buffers in (1, 2)
+        )
         return {
-            "score": score_triton.variant(cache, queries, False, device, self.squared),
+            "score": score,
+            "score, 2 buffers": double,
             "select": select_triton.variant(
                 self.query_heads, heads, self.mode, self.keep_order, self.page_size
             ),

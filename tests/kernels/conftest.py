@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str, request: pytest.FixtureRequest) -> torch.device:
     """Where tensors have to be for the back end."""
-    if backend == "triton":
+    if backend.startswith("triton"):
         found: torch.device = request.getfixturevalue("on_triton")
         return found
     return torch.device("cpu")

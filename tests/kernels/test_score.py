@@ -28,6 +28,17 @@ FIXTURES = HealthCheck.function_scoped_fixture
 SLOW = settings(max_examples=12, deadline=None, suppress_health_check=[FIXTURES])
 
 
+@pytest.fixture(params=["torch", "triton", "triton, 2 buffers"])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def buffers(backend: str) -> int:
+    return 2 if backend.endswith("2 buffers") else 1
+
+
 def make_queries(
     layers: int, heads: int, head_dim: int, rotary_dim: int, interleaved: bool
 ) -> Queries:
@@ -118,6 +129,7 @@ def run(
     queries: Queries,
     kv_heads: int,
     device: torch.device,
+    buffers: int = 1,
     scale: torch.Tensor | None = None,
     squared: bool = False,
 ) -> None:
@@ -131,6 +143,7 @@ def run(
         torch.tensor(positions, device=device),
         None if scale is None else scale.to(device),
         squared=squared,
+        buffers=buffers,
     )
     readable = [layer.float() for layer in keys]
     if scale is not None:
@@ -140,41 +153,52 @@ def run(
 
 @SLOW
 @given(layout=paged(), dtype=st.sampled_from(DTYPES))
-def test_layouts_and_dtypes(device: torch.device, layout: Paged, dtype: torch.dtype) -> None:
-    run(layout, dtype, make_queries(2, 4, 64, 64, False), 2, device)
+def test_layouts_and_dtypes(
+    device: torch.device, buffers: int, layout: Paged, dtype: torch.dtype
+) -> None:
+    run(layout, dtype, make_queries(2, 4, 64, 64, False), 2, device, buffers)
 
 
 FIXED = Paged(4, [3, 0, 0, 9], [70, 0, 1, 33], "NHD", 5)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
-def test_head_sizes(device: torch.device, head_dim: int) -> None:
-    run(FIXED, torch.bfloat16, make_queries(1, 4, head_dim, head_dim, False), 2, device)
+def test_head_sizes(device: torch.device, buffers: int, head_dim: int) -> None:
+    run(FIXED, torch.bfloat16, make_queries(1, 4, head_dim, head_dim, False), 2, device, buffers)
 
 
 @pytest.mark.parametrize("group", range(1, 17))
-def test_group_sizes(device: torch.device, group: int) -> None:
-    run(FIXED, torch.bfloat16, make_queries(1, 2 * group, 64, 64, False), 2, device)
+def test_group_sizes(device: torch.device, buffers: int, group: int) -> None:
+    run(FIXED, torch.bfloat16, make_queries(1, 2 * group, 64, 64, False), 2, device, buffers)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 32), (80, 80), (96, 24), (128, 64)])
 def test_partial_rotary_and_pairing(
-    device: torch.device, head_dim: int, rotary_dim: int, interleaved: bool
+    device: torch.device, buffers: int, head_dim: int, rotary_dim: int, interleaved: bool
 ) -> None:
-    run(FIXED, torch.float16, make_queries(1, 3, head_dim, rotary_dim, interleaved), 1, device)
+    run(
+        FIXED,
+        torch.float16,
+        make_queries(1, 3, head_dim, rotary_dim, interleaved),
+        1,
+        device,
+        buffers,
+    )
 
 
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_scales_of_keys(device: torch.device, dtype: torch.dtype, squared: bool) -> None:
+def test_scales_of_keys(
+    device: torch.device, buffers: int, dtype: torch.dtype, squared: bool
+) -> None:
     scale = torch.tensor([0.25, 3.0])
-    run(FIXED, dtype, make_queries(2, 4, 64, 64, False), 2, device, scale, squared)
+    run(FIXED, dtype, make_queries(2, 4, 64, 64, False), 2, device, buffers, scale, squared)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_squares_of_moduli(device: torch.device, dtype: torch.dtype) -> None:
-    run(FIXED, dtype, make_queries(2, 6, 80, 48, False), 2, device, squared=True)
+def test_squares_of_moduli(device: torch.device, buffers: int, dtype: torch.dtype) -> None:
+    run(FIXED, dtype, make_queries(2, 6, 80, 48, False), 2, device, buffers, squared=True)
 
 
 def test_squares_of_moduli_need_weights_of_their_own() -> None:
@@ -185,13 +209,13 @@ def test_squares_of_moduli_need_weights_of_their_own() -> None:
         run(FIXED, torch.float32, replace(queries, variance=None), 1, CPU, squared=True)
 
 
-def test_more_candidates_than_a_stretch(device: torch.device) -> None:
+def test_more_candidates_than_a_stretch(device: torch.device, buffers: int) -> None:
     """Each program scores several blocks, and the last one has fewer."""
     layout = Paged(16, [5, 0], [1_300, 580], "HND", 1)
-    run(layout, torch.bfloat16, make_queries(1, 2, 64, 64, False), 1, device)
+    run(layout, torch.bfloat16, make_queries(1, 2, 64, 64, False), 1, device, buffers)
 
 
-def test_moments_survive_a_large_mean(device: torch.device) -> None:
+def test_moments_survive_a_large_mean(device: torch.device, buffers: int) -> None:
     """Squares would cancel: the keys are alike, their scores far from zero."""
     queries = make_queries(1, 1, 64, 64, False)
     keys = 30 + torch.randn(300, 1, 64, generator=torch.Generator().manual_seed(0)) * 1e-2
@@ -204,6 +228,7 @@ def test_moments_survive_a_large_mean(device: torch.device) -> None:
         layout.pages(device),
         on(queries, device),
         torch.tensor([11], device=device),
+        buffers=buffers,
     )
     (wanted,) = expected(layout, [buffer], queries, [11])
     deviation = found.mean_and_deviation()[1].cpu()
@@ -214,7 +239,9 @@ def test_moments_survive_a_large_mean(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_score_that_is_not_finite_is_the_lowest(device: torch.device, bad: float) -> None:
+def test_a_score_that_is_not_finite_is_the_lowest(
+    device: torch.device, buffers: int, bad: float
+) -> None:
     """And it spoils neither the moments nor other scores of its row."""
     queries = make_queries(1, 2, 64, 64, False)
     layout = Paged(1, [0], [40], "NHD", 3)
@@ -227,6 +254,7 @@ def test_a_score_that_is_not_finite_is_the_lowest(device: torch.device, bad: flo
         layout.pages(device),
         on_device,
         torch.tensor([5], device=device),
+        buffers=buffers,
     )
     rows = found.rows[0, 0].cpu()
     assert rows[:, 7].tolist() == [-math.inf] * 2
@@ -245,7 +273,7 @@ def test_a_score_that_is_not_finite_is_the_lowest(device: torch.device, bad: flo
 
 
 @pytest.mark.parametrize("part", ["token", "page"])
-def test_offsets_beyond_two_to_the_31(device: torch.device, part: str) -> None:
+def test_offsets_beyond_two_to_the_31(device: torch.device, buffers: int, part: str) -> None:
     """Large strides over little memory: element and byte offsets need 64 bits."""
     far, page_size = 2**31 + 64, 1 if part == "page" else 2
     storage = torch.empty(0, dtype=torch.bfloat16, device=device)
@@ -287,6 +315,8 @@ def test_what_does_not_fit_is_refused() -> None:
         score(FIXED.buffers([key.int()]), pages, queries, position)
     with pytest.raises(ValueError, match="key_scale"):
         score(fits, pages, queries, position, torch.ones(2))
+    with pytest.raises(ValueError, match="use 1 or 2"):
+        score(fits, pages, queries, position, buffers=3)
     with pytest.raises(ValueError, match="layers differ"):
         FIXED.buffers([key, key.half()])
     with pytest.raises(ValueError, match="pages of 4"):
