@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_tri.runtime import Runtime
+
+# Set to 1, each round waits for the whole forward pass before it, whatever the attention backend.
+WAIT = "SGLANG_KV_POLICY_WAIT"
 
 
 def plan_rounds(batch: ScheduleBatch, selected_indices: list[int] | None = None) -> None:
@@ -78,8 +82,13 @@ def _fence() -> None:
     Without a round, SGLang only appends to a row, where no running forward pass reads.
     """
     scheduler = active.get().scheduler
-    if scheduler.enable_overlap:
+    if scheduler.enable_overlap and (_always_waits() or not adapter.waits_for_reads(scheduler)):
         scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
+
+
+def _always_waits() -> bool:
+    """Whether rounds wait for whole forward passes, to see what that costs."""
+    return os.environ.get(WAIT) == "1"
 
 
 def run_rounds(
@@ -98,9 +107,8 @@ def shift_positions(result: ForwardBatch, *args: Any, **kwargs: Any) -> None:
     runtime = active.get().runtime
     if not runtime.shifts_positions:
         return
-    deltas = runtime.deltas[result.req_pool_indices]
+    rows, tokens = result.req_pool_indices, len(result.positions)
     if result.forward_mode.is_decode():
-        result.positions = result.positions + deltas
+        result.positions = result.positions + runtime.offsets(rows, None, tokens)
     elif result.forward_mode.is_extend():
-        lengths, total = result.extend_seq_lens, len(result.positions)
-        result.positions += deltas.repeat_interleave(lengths, output_size=total)
+        result.positions += runtime.offsets(rows, result.extend_seq_lens, tokens)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.patches import hooks, launch, refusals, table
+from sglang_tri.patches import sglang_0517 as adapter
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -28,6 +29,7 @@ def run(settings: KvPolicyConfig, model_path: str | None) -> int:
         print(f"  {name} {_version(name)}")
     print("Platform", f"  {_platform()}", sep="\n")
     problems = _print_hooks() + _check(settings, model_path)
+    print("Attention", f"  {_attention(model_path)}", sep="\n")
     print(f"Policy {settings.policy}")
     for problem in problems:
         print(f"  FAIL {problem}")
@@ -59,6 +61,17 @@ def _check(settings: KvPolicyConfig, model_path: str | None) -> list[str]:
     except (OSError, ValueError) as error:
         problems.append(str(error))
     return problems
+
+
+def _attention(model_path: str | None) -> str:
+    """What SGLang runs attention with, unless a flag says otherwise."""
+    if model_path is None:
+        return "depends on the model: give --model-path"
+    try:
+        prefill, decode = adapter.attention_backends(_server_args(model_path))
+    except (OSError, ValueError) as error:
+        return f"not known: {error}"
+    return f"prefill {prefill}, decode {decode}"
 
 
 def _server_args(model_path: str) -> ServerArgs:

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+    from sglang.srt.server_args import ServerArgs
 
 TESTED_VERSIONS = ("0.5.17",)
 
 _STATE = "kv_policy_state"
+# Attention backends that have read the slot table before a decode graph is replayed.
+_READ_BEFORE_GRAPHS = ("fa3", "fa4", "flashinfer", "triton")
 
 
 def prefix_caches() -> tuple[type, ...]:
@@ -34,6 +37,22 @@ def prefix_caches() -> tuple[type, ...]:
     from sglang.srt.mem_cache.radix_cache import RadixCache
 
     return RadixCache, ChunkCache
+
+
+def attention_backends(server_args: ServerArgs) -> tuple[str, str]:
+    """The names of those that prefill and decode run with."""
+    prefill, decode = server_args.get_attention_backends()
+    return prefill, decode
+
+
+def waits_for_reads(scheduler: Scheduler) -> bool:
+    """Whether SGLang orders its stream behind a forward pass's reads of the slot table.
+
+    After each launch it waits until a decode graph is about to be replayed, and where there is
+    none for the whole pass; not on GPUs of AMD. What is read inside a graph comes later.
+    """
+    decode = attention_backends(scheduler.server_args)[1]
+    return scheduler._war_barrier_enabled and decode in _READ_BEFORE_GRAPHS
 
 
 def attach_state(req: Req, state: RequestState | None) -> None:

@@ -221,6 +221,24 @@ class Runtime:
         self._shifted.update(state for state in states if state and state.delta)
         self.deltas[rows] = planning.upload(deltas, torch.int64, self.deltas.device)
 
+    def offsets(
+        self, rows: torch.Tensor, lengths: torch.Tensor | None, tokens: int
+    ) -> torch.Tensor:
+        """What RoPE positions are ahead of slot numbers in the next forward pass.
+
+        Args:
+            rows: int64 [requests], rows of the request-to-slot table.
+            lengths: int64 [requests], tokens of each request; None where each has one.
+            tokens: how many these are together.
+
+        Returns:
+            int64 [tokens].
+        """
+        deltas = self.deltas[rows]
+        if lengths is None:
+            return deltas
+        return deltas.repeat_interleave(lengths, output_size=tokens)
+
     def close(self, state: RequestState, physical: int) -> list[Region]:
         """The request's slots are released; returns the regions that were evicted from."""
         if state.regions:

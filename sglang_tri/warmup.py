@@ -1,4 +1,4 @@
-"""Compile every kernel that a server can launch before it says that it is ready."""
+"""Do all that a round does before a server says that it is ready: compile, load, allocate."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import replace
 
 import torch
 
+from sglang_tri import planning
+from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.execution import execute
-from sglang_tri.kernels.moves import Budgets
-from sglang_tri.kernels.pages import Pages
 from sglang_tri.kernels.select import MODES
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.parts import Parts
 from sglang_tri.policies import POLICIES
-from sglang_tri.policies.base import Candidates
+from sglang_tri.rounds import Due, Region, RequestState, Round
 from sglang_tri.runtime import Runtime
+
+# That are planned for: tensors of one alone would not be joined. The first stands for all.
+_REQUESTS = 2
 
 
 def all_settings(settings: KvPolicyConfig, per_request: bool) -> list[KvPolicyConfig]:
@@ -39,19 +42,39 @@ def run(runtime: Runtime, variants: Iterable[KvPolicyConfig]) -> None:
         policy = POLICIES[settings.policy]
         if not runtime.has_statistics_for(policy):
             continue  # No request may ask for it, see `Runtime.check_runnable`.
-        candidates = _padding(runtime, settings)
+        planned = _plan(runtime, settings)
+        candidates = runtime.candidates(settings, planned.pages, planned.logical, planned.budgets)
+        candidates = candidates.of_requests(0, 1)
         # A workspace in which each layer is a part of its own.
         small = Workspace(Parts.smallest(candidates.geometry()), runtime.cache.device)
         for workspace in (runtime.workspace, small):
             execute(policy(), replace(candidates, workspace=workspace), runtime.cache)
+        _shift(runtime, planned)
     if runtime.cache.device.type == "cuda":
         torch.cuda.synchronize(runtime.cache.device)
 
 
-def _padding(runtime: Runtime, settings: KvPolicyConfig) -> Candidates:
-    """One request of two pages, both the padding page, of which one is kept."""
-    device, page_size = runtime.cache.device, runtime.page_size
-    numbers = torch.tensor([0, 2, 0, 0, page_size, 0], dtype=torch.int32, device=device)
-    pages = Pages(numbers[:2], numbers[2:4], numbers[4:5], numbers[5:], page_size, 2 * page_size)
-    logical = torch.zeros(1, dtype=torch.int64, device=device)
-    return runtime.candidates(settings, pages, logical, Budgets.equal(1, page_size, 0, device))
+def _plan(runtime: Runtime, settings: KvPolicyConfig) -> Round:
+    """Of requests of two pages, both the padding page, of which one is kept."""
+    page_size = runtime.page_size
+    page = torch.arange(page_size, dtype=torch.int32, device=runtime.cache.device)
+    region = Region(0, 0, page_size, 2 * page_size, 0, 0)
+    due = [
+        Due(RequestState("", replace(settings, recent=0), Lookup((settings, None))), region, 0)
+        for _ in range(_REQUESTS)
+    ]
+    planned, freed = planning.plan(due, [0] * _REQUESTS, page.repeat(1, 2), page_size)
+    torch.cat(freed).long()
+    return planned
+
+
+def _shift(runtime: Runtime, planned: Round) -> None:
+    """What follows a round: shorter lengths, and positions ahead of slots. All of it by zero."""
+    rows = planned.rows
+    runtime.deltas[rows] = planned.deltas
+    lengths = planned.logical - planned.deltas
+    for tokens in (None, lengths + 1):
+        offsets = runtime.offsets(rows, tokens, _REQUESTS)
+        positions = lengths + offsets
+        positions += offsets
+    runtime.start_prefill(rows, [None] * _REQUESTS)

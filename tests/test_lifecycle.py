@@ -10,6 +10,7 @@ import torch
 
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import decode, lifecycle, memory
+from sglang_tri.patches import sglang_0517 as adapter
 
 
 class OtherCache:
@@ -63,11 +64,27 @@ def test_scales_of_stored_keys() -> None:
     assert lifecycle._key_scale(model, plain_pool) is None
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("overlap", "barrier", "backend", "forced", "waits"),
+    [
+        (True, True, "fa3", "", False),
+        (True, True, "flashinfer", "", False),
+        (True, True, "triton", "", False),
+        (True, True, "triton", "1", True),
+        (True, True, "trtllm_mha", "", True),
+        (True, False, "triton", "", True),
+        (False, False, "trtllm_mha", "1", False),
+    ],
+)
 def test_a_running_forward_pass_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, overlap: bool
+    monkeypatch: pytest.MonkeyPatch,
+    overlap: bool,
+    barrier: bool,
+    backend: str,
+    forced: str,
+    waits: bool,
 ) -> None:
-    """Whatever the attention backend: it may still read the slots that a round takes away."""
+    """Where it may still read the slots that a round takes away, and SGLang does not wait."""
     steps: list[str] = []
     stream = SimpleNamespace(wait_stream=lambda other: steps.append(f"wait for {other}"))
 
@@ -77,14 +94,26 @@ def test_a_running_forward_pass_is_waited_for(
 
     everything = SimpleNamespace(
         scheduler=scheduler(
-            enable_overlap=overlap, schedule_stream=stream, forward_stream="forward"
+            enable_overlap=overlap,
+            schedule_stream=stream,
+            forward_stream="forward",
+            _war_barrier_enabled=barrier,
+            server_args=SimpleNamespace(get_attention_backends=lambda: ("fa3", backend)),
         ),
         runtime=SimpleNamespace(plan=planned),
     )
+    monkeypatch.setenv(decode.WAIT, forced)
     monkeypatch.setattr(decode.active, "get", lambda: everything)
     allocator: Any = SimpleNamespace(free_segment=lambda *args, **kwargs: steps.append("free"))
     decode.plan([], torch.zeros(1, 1), allocator)
-    assert steps == ["wait for forward"] * overlap + ["plan", "free"]
+    assert steps == ["wait for forward"] * waits + ["plan", "free"]
+
+
+def test_attention_backends_that_read_before_graphs_are_sglang_s() -> None:
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+
+    assert set(adapter._READ_BEFORE_GRAPHS) < set(ATTENTION_BACKEND_CHOICES)
+    assert "trtllm_mha" in ATTENTION_BACKEND_CHOICES
 
 
 def test_scratch_is_reserved_before_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:

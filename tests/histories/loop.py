@@ -129,6 +129,7 @@ class Loop(Scheduler):
         self.server_args = arguments
         self.page_size = arguments.page_size
         self.enable_overlap = not arguments.disable_overlap_schedule
+        self._war_barrier_enabled = False
         self.disaggregation_mode = DisaggregationMode.NULL
         self.spec_algorithm = SpeculativeAlgorithm.NONE
         self.ps = SimpleNamespace(pp_size=1)

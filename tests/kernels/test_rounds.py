@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sglang_tri import warmup
 from sglang_tri.aliases import Lookup
@@ -197,6 +199,38 @@ def test_no_kernel_is_compiled_after_the_warm_up(
                 engine.run([3])
                 engine.run([1, 2, 5, 9])
     assert seen == warmed
+
+
+class Operations(TorchDispatchMode):
+    """Notes torch's operations and the types of what they work on, each of which is loaded once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[object, ...]] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        leaves = tree_leaves((args, kwargs))
+        self.seen.add((func, *sorted({str(x.dtype) for x in leaves if torch.is_tensor(x)})))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_no_operation_is_loaded_after_the_warm_up(page_size: int) -> None:
+    """Planning, the round, and positions behind it do nothing on a device for the first time."""
+    engine = Engine(torch.device("cpu"), page_size)
+    engine.runtime._observer = None  # No server has one, unless it writes a trace.
+    with Operations() as warmed:
+        warmup.run(engine.runtime, [SETTINGS])
+    assert not engine.runtime.deltas.any()
+    rows, lengths = torch.arange(3), torch.tensor([4, 1, 2])
+    with Operations() as used:
+        engine.run([7, 0, 16])
+        engine.runtime.start_prefill(rows, [None] * 3)
+        positions = lengths + engine.runtime.offsets(rows, None, 3)
+        positions += engine.runtime.offsets(rows, lengths - lengths + 1, 3)
+    assert used.seen <= warmed.seen
 
 
 def test_memory_is_taken_once(device: torch.device) -> None:
