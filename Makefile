@@ -3,13 +3,15 @@ SGLANG := 0.5.17
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := .venv/bin/python
 
-.PHONY: demo test check bench soak kernels-all clean
+.PHONY: demo test check bench gpu soak kernels-all clean
 
 demo: .venv/.ready
 	$(PYTHON) -m bench.demo
 
+# Kernel tests wait for compilers and interpreters, all others for servers that stand once.
 test: check
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto tests/kernels
+	$(PYTHON) -m pytest --ignore tests/kernels
 
 check: .venv/.ready
 	$(PYTHON) -m ruff check .
@@ -18,6 +20,10 @@ check: .venv/.ready
 
 bench: .venv/.ready
 	$(PYTHON) -m bench.overhead $(ARGS)
+
+# On a GPU: is it right, and what does it gain?
+gpu: .venv/.ready
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 # 10,000 requests, half of them to each of two servers.
 soak: .venv/.ready
