@@ -89,6 +89,8 @@ def steps(folder: Path, tiny: bool) -> list[list[Step]]:
     """What runs, group after group; the steps of a group run at once."""
     workers = str(min(MOST_WORKERS, os.cpu_count() or 1))
     tests = ["-m", "pytest", "-q", "-rf", "-n", workers, "tests/kernels"]
+    # FlashInfer would compile attention kernels first, for minutes.
+    tests += ["--ignore", "tests/kernels/test_flashinfer.py"]
     exact = ["-m", "bench.exact", "--json", str(folder / "exact.json")]
     kernels = ["-m", "bench.kernels", "--models", "qwen3-8b", "--out", str(folder / "kernels")]
     serving = ["-m", "bench.serving", "--output", str(folder / "serving.json")]
