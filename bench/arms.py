@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.server import Server
+from bench.server import Server, stop_all
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,21 @@ def running(
     arms: Sequence[Arm], model: Path, folder: Path, on_wait: Callable[[], object]
 ) -> Iterator[dict[str, Server]]:
     """The servers of `arms`, started at once, by name; their logs lie in `folder`."""
-    with ExitStack() as stack:
-        servers = {}
+    servers: dict[str, Server] = {}
+    try:
         for arm in arms:
             log = folder / f"{arm.name}.log"
             servers[arm.name] = Server(model, arm.arguments, log, arm.environment, on_wait)
-            stack.callback(servers[arm.name].stop)
         for server in servers.values():
             server.wait_until_ready()
         yield servers
+    finally:
+        _stop(list(servers.values()))
+
+
+def _stop(servers: Sequence[Server]) -> None:
+    try:
+        stop_all(servers)
+    except BaseException:  # Of a signal's handler: it must leave no server behind.
+        stop_all(servers)
+        raise

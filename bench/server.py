@@ -142,17 +142,37 @@ class Server(Endpoint):
 
     def stop(self) -> None:
         """End the server and all its processes."""
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, sign)
-                self._process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                continue
-            except ProcessLookupError:
-                return
+        stop_all([self])
+
+    def ask_to_end(self) -> None:
+        """Return at once; SGLang answers running requests first."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self, patience: float) -> None:
+        """End what is left of it after `patience` seconds."""
+        self._wait(patience)
+        self._signal(signal.SIGKILL)
+        self._wait(STOP_TIMEOUT_S)
+
+    def _wait(self, seconds: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def stop_all(servers: Sequence[Server]) -> None:
+    """End them and all their processes; they take their time to end, but all at once."""
+    for server in servers:
+        server.ask_to_end()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for server in servers:
+        server.kill(max(0.0, deadline - time.monotonic()))
 
 
 def free_port() -> int:
