@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import TextIOBase
 from multiprocessing import get_context
@@ -17,6 +19,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from bench.load.absent import stand_in
+from bench.load.cutoff import CutOff
 from bench.load.workloads import Workload
 
 PERCENTILES = (50, 95, 99)
@@ -65,6 +69,9 @@ class Client:
         self._folder, self._model, self._tokenizer = folder, model, tokenizer
         context = get_context("spawn")
         self._process = ProcessPoolExecutor(1, context, initializer=_live_in, initargs=(folder,))
+        self._pid = self._process.submit(os.getpid)
+        # While servers start, not in the first run.
+        self._process.submit(_prepare)
 
     def __enter__(self) -> Client:
         return self
@@ -75,13 +82,20 @@ class Client:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind:
+            self._kill()
         self._process.shutdown(cancel_futures=True)
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self._pid.result(), signal.SIGTERM)
 
     def run(self, url: str, workload: Workload) -> Load:
         """Send the workload.
 
         Raises:
             LoadFailed: not all requests were answered, or the client gave up.
+            CutOff: this run is over, and so is the client.
         """
         log, output = self._folder / "client.log", self._folder / "client.jsonl"
         tokenizer = self._tokenizer if workload.as_text else self._model
@@ -92,16 +106,30 @@ class Client:
             return self._process.submit(_run, arguments, output, log, workload).result()
         except (SystemExit, ValueError) as error:
             raise LoadFailed(f"{workload.name}: SGLang's client gave up: {error}; {log}") from error
+        except CutOff:
+            self._kill()  # Or servers would answer everything before they end.
+            raise
 
 
 def _live_in(folder: Path) -> None:
     os.environ["HOME"] = str(folder)
 
 
+def _prepare() -> None:
+    _client()
+
+
+def _client() -> Callable[[], object]:
+    # It wants Hugging Face's datasets (with pandas and pyarrow) for a workload with images.
+    with stand_in("datasets", "load_dataset"):
+        from sglang.benchmark.serving import cli_main
+
+    return cli_main
+
+
 def _run(arguments: list[str], output: Path, log: Path, workload: Workload) -> Load:
     """In the client's process."""
-    from sglang.benchmark.serving import cli_main
-
+    cli_main = _client()
     sys.argv = [MODULE, *arguments]
     with log.open("a") as file:
         print("python -m", *sys.argv, file=file)
