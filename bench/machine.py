@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,3 +15,8 @@ def machine() -> str:
     names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return ", ".join([platform.machine(), next(names, "?"), *gpu])
+
+
+def versions() -> dict[str, str]:
+    """Of what a server runs on."""
+    return {"sglang": version("sglang"), "torch": torch.__version__}

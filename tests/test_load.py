@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from bench.arms import Arm
 from bench.dummy_models import make_dummy
 from bench.load import sweep
-from bench.load.arms import CLIP_VARIABLE, CONSTRAINED, POLICY, PRODUCTION, make_arms
+from bench.load.arms import CLIP_VARIABLE, CONSTRAINED, POLICY, PRODUCTION, clip, make_arms
 from bench.load.cells import Cell, Group, group
 from bench.load.client import Client, Load, LoadFailed
 from bench.load.goals import judge
@@ -27,7 +27,14 @@ from bench.load.report import group_table
 from bench.load.run import Run, measure
 from bench.load.sweep import DoesNotFit, Sweep
 from bench.load.traffic import Traffic, traffic_of
-from bench.load.workloads import random_lengths, reasoning, shared_prefix
+from bench.load.workloads import (
+    NEVER,
+    Workload,
+    never_evicted,
+    random_lengths,
+    reasoning,
+    shared_prefix,
+)
 from bench.server import STOCK_ENVIRONMENT
 from bench.tiny_models import make_model
 from bench.tiny_tokenizer import write_printable_tokenizer
@@ -57,6 +64,8 @@ RUN = Run(
     running=4.0,
     read=200.0,
     over_time=[(0.0, 4, 50.0), (1.0, 3, 40.0)],
+    attention="torch_native",
+    wall=3.0,
 )
 BANDWIDTH = Traffic(weights=1000, slot=10, bandwidth=1e6)
 
@@ -78,6 +87,8 @@ def test_a_run(server: Running, client: Client) -> None:
     run = measure(client, server.server, workload, "arm", "pool", shares=True)
     assert (run.workload, run.arm, run.pool) == (workload.name, "arm", "pool")
     assert run.slots == 8192
+    assert run.attention == "torch_native"
+    assert run.load.seconds < run.wall < run.load.seconds + 60
     assert run.load.output_rate * run.load.seconds == pytest.approx(requests * output)
     assert run.load.request_rate * run.load.seconds == pytest.approx(requests)
     # The first request is known, from the client's warm-up, up to its last token.
@@ -101,6 +112,14 @@ def test_a_run(server: Running, client: Client) -> None:
     assert all(0 <= time <= run.load.seconds + 1 for time, _, _ in run.over_time)
     assert 0 < run.load.first_token[0] <= run.load.first_token[-1] < run.load.seconds
     assert 0 < run.load.between_tokens[0] <= run.load.between_tokens[-1] < run.load.seconds
+
+
+@pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
+def test_a_run_without_rounds(server: Running, client: Client) -> None:
+    workload = never_evicted(6, system=40, question=8, budget=BUDGET).times(2)
+    run = measure(client, server.server, workload, "arm", "pool", shares=True)
+    assert run.load.output_rate * run.load.seconds == pytest.approx(12 * 45)
+    assert run.rounds == 0
 
 
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
@@ -165,7 +184,7 @@ def test_pools_have_room_for_as_many_as_they_are_named_for() -> None:
     one = 2 + TINY.question + TINY.outputs[0]
     room = [(pool.slots or 0) - TINY.systems[0] for pool in pools]
     assert room == [count * one for count in (4, 8, 16, 32, TINY.sent[RICH])]
-    assert [len(pool.workloads) for pool in pools] == [1, 1, 1, 1, 3]
+    assert [len(pool.workloads) for pool in pools] == [1, 1, 1, 1, 4]
     assert all(pool.workloads[0].requests == TINY.sent[pool.name] for pool in pools)
     large = LARGE.pools()
     assert [pool.name for pool in large] == [*LARGE.sent]
@@ -175,22 +194,27 @@ def test_pools_have_room_for_as_many_as_they_are_named_for() -> None:
 
 def test_arms_have_the_same_pool() -> None:
     """And differ in nothing but what they are named for."""
-    arms = make_arms(TINY, 1000, [64], "file", ["--page-size", "4"])
+    names = [PRODUCTION, clip(64), CONSTRAINED, POLICY]
+    arms = make_arms(TINY, names, 1000, "file", ["--page-size", "4"])
     common = arms[0].arguments
     pairs = dict(zip(common[::2], common[1::2], strict=False))
     assert (pairs["--max-total-tokens"], pairs["--max-running-requests"]) == ("1000", "64")
     assert "--page-size" in common
     policy = ["--kv-policy", POLICY, "--kv-stats", "file", "--kv-budget", str(TINY.budget)]
     policy += ["--kv-interval", str(TINY.interval)]
-    clip = {**STOCK_ENVIRONMENT, CLIP_VARIABLE: "64"}
+    clipped = {**STOCK_ENVIRONMENT, CLIP_VARIABLE: "64"}
     plain = ["--disable-radix-cache", "--disable-overlap-schedule"]
     assert arms == [
         Arm(PRODUCTION, common, STOCK_ENVIRONMENT),
-        Arm("clip 64", common, clip),
+        Arm("clip 64", common, clipped),
         Arm(CONSTRAINED, [*common, *plain], STOCK_ENVIRONMENT),
         Arm(POLICY, [*common, *policy]),
     ]
-    assert "--max-total-tokens" not in make_arms(LARGE, None, [], "auto", [])[0].arguments
+    assert "--max-total-tokens" not in make_arms(LARGE, names, None, "auto", [])[0].arguments
+    assert make_arms(TINY, [POLICY, PRODUCTION], 1000, "file", ["--page-size", "4"]) == [
+        arms[3],
+        arms[0],
+    ]
 
 
 def with_rate(run: Run, rate: float) -> Run:
@@ -248,7 +272,18 @@ def test_goals() -> None:
     assert verdicts(made(0.97, 31, RICH)) == [False, True]
     assert verdicts(made(1.0, 0, RICH, name="random 1+1")) == [True]
     assert verdicts(made(0.5, 0, "4", name="random 1+1")) == []
+    assert verdicts(made(0.99, 0, "4", name=f"{NEVER} 1+1")) == [True, True]
+    assert verdicts(made(0.98, 0, RICH, name=f"{NEVER} 1+1")) == [True, False]
     assert [goal.failed for goal in judge([made(1.1, 29, "4")], 1.2)] == [False, False, True]
+
+
+def test_a_round_where_none_is_due_is_an_error() -> None:
+    """Whatever the speed."""
+    never = made(1.5, 0, "4", name=f"{NEVER} 1+1")
+    runs = [replace(run, rounds=1) for run in never.policy.runs]
+    never.cells[-1] = replace(never.policy, runs=runs)
+    goals = judge([never], least=1.2)
+    assert [(goal.met, goal.failed) for goal in goals] == [(False, True), (None, False)]
 
 
 def test_table_and_picture() -> None:
@@ -257,6 +292,7 @@ def test_table_and_picture() -> None:
     assert "50 (50-50)" in text
     assert "3.00-3.00" in text
     assert "70.0%" in text
+    assert "attention: torch_native" in text
     assert "0.10/0.20/0.30 s" in text
     assert "10/20/30 ms" in text
     assert "to the best stock arm (clip 9): 2.00 x" in text
@@ -268,7 +304,11 @@ def test_table_and_picture() -> None:
 
 def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: every arm alone, the other way round the second time; memory gives the pool."""
-    room, events = 500, []
+    room, events, shared = 500, [], set()
+
+    def measured(_: Any, __: Any, workload: Workload, arm: str, pool: str, shares: bool) -> Run:
+        shared.update([arm] if shares else [])
+        return replace(RUN, arm=arm, pool=pool, workload=workload.name)
 
     class FakeServer:
         def internal_state(self) -> dict[str, Any]:
@@ -285,20 +325,19 @@ def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         yield {arm.name: FakeServer()}
 
     monkeypatch.setattr(sweep, "running", start)
-    monkeypatch.setattr(sweep, "measure", lambda *sent: sent[2:])
-    preset = replace(LARGE, clips=[7], sent={FULL: 3, "4": 2})
+    monkeypatch.setattr(sweep, "measure", measured)
+    names = [POLICY, clip(7), CONSTRAINED, PRODUCTION]
+    preset = replace(LARGE, arms=names, sent={FULL: 3, "4": 2})
     arguments = argparse.Namespace(repeats=2, stats="auto", server_arguments=[])
     fake: Any = None
     full, four = preset.pools()
-    measured = Sweep(preset, arguments, tmp_path, fake, tmp_path, len, list)
-    runs = list(measured.measure(full))
-    names = [PRODUCTION, "clip 7", CONSTRAINED, POLICY]
+    benched = Sweep(preset, arguments, tmp_path, fake, tmp_path, len, list)
+    runs = list(benched.measure(full))
     assert events == [(PRODUCTION, []), *((name, ["500"]) for name in [*names, *names[::-1]])]
-    assert [run[1:] for run in runs] == [
-        (name, FULL, name != CONSTRAINED) for name in [*names, *names[::-1]]
-    ]
+    assert [(run.arm, run.pool) for run in runs] == [(a, FULL) for a in [*names, *names[::-1]]]
+    assert shared == {PRODUCTION, clip(7), POLICY}
     with pytest.raises(DoesNotFit, match=f"room for 500 slots, not for {four.slots}"):
-        list(measured.measure(four))
+        list(benched.measure(four))
 
 
 def test_a_workload_in_the_words_of_the_client() -> None:
@@ -320,6 +359,8 @@ def test_more_requests_are_sent_one_after_another() -> None:
     assert pairs["--max-concurrency"] == "6"
     assert (longer.requests, longer.output) == (24, 24 * 5)
     assert longer.pool_for(7) == workload.pool_for(7)
+    assert longer.times(2).sizes["max-concurrency"] == 6
+    assert longer.times(2).requests == 48
     assert random_lengths(9, 100, 1).times(2).sizes["num-prompts"] == 18
 
 

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bench.arms import Arm
-from bench.load.presets import Preset
 from bench.server import STOCK_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from bench.load.presets import Preset
 
 PRODUCTION, CONSTRAINED, POLICY = "production", "constrained", "triattention"
 CLIPPED = "clip "  # And the value.
 CLIP_VARIABLE = "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"
+_PLAIN = ["--disable-radix-cache", "--disable-overlap-schedule"]
+
+
+def clip(tokens: int) -> str:
+    """Name of production SGLang with this estimate of output tokens."""
+    return f"{CLIPPED}{tokens}"
+
+
+def is_arm(name: str) -> bool:
+    known = name in (PRODUCTION, CONSTRAINED, POLICY)
+    return known or re.fullmatch(rf"{CLIPPED}[1-9]\d*", name) is not None
 
 
 def make_arms(
-    preset: Preset, slots: int | None, clips: Sequence[int], stats: str, arguments: Sequence[str]
+    preset: Preset, names: Sequence[str], slots: int | None, stats: str, arguments: Sequence[str]
 ) -> list[Arm]:
-    """All arms, each with a pool of `slots` KV slots, or one as large as memory allows.
+    """Arms, each with a pool of `slots` KV slots, or one as large as memory allows.
 
     Args:
-        clips: values for which production SGLang stands once more, with this estimate.
+        names: of the arms, see `is_arm`.
         stats: `--kv-stats` of the policy.
         arguments: further ones, for all servers.
     """
@@ -29,14 +44,14 @@ def make_arms(
     common += [*preset.server, *arguments]
     policy = ["--kv-policy", POLICY, "--kv-stats", stats]
     policy += ["--kv-budget", str(preset.budget), "--kv-interval", str(preset.interval)]
-    plain = ["--disable-radix-cache", "--disable-overlap-schedule"]
-    return [
-        Arm(PRODUCTION, common, STOCK_ENVIRONMENT),
-        *(_clipped(common, tokens) for tokens in clips),
-        Arm(CONSTRAINED, [*common, *plain], STOCK_ENVIRONMENT),
-        Arm(POLICY, [*common, *policy]),
-    ]
+    special = {
+        CONSTRAINED: Arm(CONSTRAINED, [*common, *_PLAIN], STOCK_ENVIRONMENT),
+        POLICY: Arm(POLICY, [*common, *policy]),
+    }
+    return [special.get(name) or Arm(name, common, _environment(name)) for name in names]
 
 
-def _clipped(arguments: list[str], tokens: int) -> Arm:
-    return Arm(f"{CLIPPED}{tokens}", arguments, {**STOCK_ENVIRONMENT, CLIP_VARIABLE: str(tokens)})
+def _environment(name: str) -> dict[str, str]:
+    if not name.startswith(CLIPPED):
+        return STOCK_ENVIRONMENT
+    return {**STOCK_ENVIRONMENT, CLIP_VARIABLE: name.removeprefix(CLIPPED)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bench.goal import Goal
 from bench.load.cells import Group
 from bench.load.presets import RICH
-from bench.load.workloads import REASONING
+from bench.load.workloads import NEVER, REASONING
 
-RICH_RATIO, OF_ALLOWED = 0.98, 0.8
+RICH_RATIO, NEVER_RATIO, OF_ALLOWED = 0.98, 0.99, 0.8
 BOUND = 0.5  # Share of its limit from which on a server counts as bound by bytes.
 AS_MANY = 0.99  # Whose questions begin alike by chance depends on who came first.
 
@@ -22,7 +24,9 @@ def judge(groups: list[Group], least: float) -> list[Goal]:
     for group in groups:
         run = group.policy.first
         reasons = run.workload.startswith(REASONING)
-        if run.pool == RICH:
+        if run.workload.startswith(NEVER):
+            goals += _untouched(group)
+        elif run.pool == RICH:
             goals.append(_faster(group, RICH_RATIO))
         elif reasons:
             goals += [_faster(group, least), _as_bytes_allow(group)]
@@ -38,6 +42,14 @@ def _where(group: Group) -> str:
 def _faster(group: Group, least: float) -> Goal:
     text = f"{_where(group)}: output tokens/s >= {least} x production's"
     return Goal(text, f"{group.policy.ratio:.2f} x", group.policy.ratio >= least, False)
+
+
+def _untouched(group: Group) -> list[Goal]:
+    """A round makes the speed meaningless: it is not that of a server that never evicts."""
+    rounds = sum(run.rounds for run in group.policy.runs)
+    none = Goal(f"{_where(group)}: no round", f"{rounds} rounds", not rounds, True)
+    speed = _faster(group, NEVER_RATIO)
+    return [none, replace(speed, met=None) if rounds else speed]
 
 
 def _as_bytes_allow(group: Group) -> Goal:

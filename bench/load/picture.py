@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from bench.load.cells import Group
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT = 11, 2.6  # Inches; of one row.
 
 
 def draw(groups: list[Group]) -> Figure:
     """A row for each workload in each pool, a line for each arm's first run."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(_WIDTH, _HEIGHT * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), 2, squeeze=False)
     arms = list(dict.fromkeys(cell.arm for group in groups for cell in group.cells))

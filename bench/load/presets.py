@@ -8,10 +8,18 @@ from itertools import product
 from pathlib import Path
 
 from bench.dummy_models import make_dummy
-from bench.load.workloads import Workload, random_lengths, reasoning, shared_prefix
+from bench.load.arms import CONSTRAINED, POLICY, PRODUCTION, clip
+from bench.load.workloads import (
+    Workload,
+    never_evicted,
+    random_lengths,
+    reasoning,
+    shared_prefix,
+)
 from bench.tiny_models import make_model
 
 RICH, FULL = "rich", "full"
+WAVES = 4  # Of the load that is never evicted from: one is over too soon to be compared.
 
 
 @dataclass(frozen=True)
@@ -19,8 +27,8 @@ class Pool:
     """A size of the pool, and what is measured in it.
 
     Attributes:
-        name: how many reasoning requests stock SGLang has room for; `rich`: for all; `full`: as
-            many as the device's memory holds.
+        name: how many reasoning requests stock SGLang has room for (4.4: for 4 and a part of a
+            fifth); `rich`: for all; `full`: as many as the device's memory holds.
         slots: KV slots; None if the memory decides.
     """
 
@@ -39,15 +47,17 @@ class Preset:
         own: further ones for servers of the model that `make_model` makes.
         most: `--max-running-requests`.
         budget, interval: of the policy.
-        clips: values of SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION to try.
+        arms: names of the servers that are compared; production and the policy among them.
         systems: tokens of the system prompt of the reasoning workload, each is measured.
         outputs: its output tokens, each is measured.
         question: tokens of its questions.
         sent: requests sent to each pool: where stock SGLang has room for 4 of them, for 8, ...
         others: further workloads.
-        others_in: the pools that they are sent to.
+        untouched: requests at once of a further workload that is never evicted from; 0: none.
+        others_in: the pools that these are sent to.
         side_by_side: whether all servers of a pool stand at once; else each has the device alone.
         goal: least ratio to production SGLang where memory is short.
+        gpu: whether it needs one.
         times: how many times as many requests are sent; no more at once.
         kinds: what the names of the workloads begin with; empty: all.
     """
@@ -58,15 +68,17 @@ class Preset:
     most: int
     budget: int
     interval: int
-    clips: list[int]
+    arms: list[str]
     systems: list[int]
     outputs: list[int]
     question: int
     sent: dict[str, int]
     others: list[Workload]
+    untouched: int
     others_in: list[str]
     side_by_side: bool
     goal: float
+    gpu: bool
     times: int = 1
     kinds: tuple[str, ...] = ()
 
@@ -79,11 +91,17 @@ class Preset:
     def _pool(self, name: str, system: int, output: int) -> Pool:
         workload = reasoning(self.sent[name], system, self.question, output)
         first = (system, output) == (self.systems[0], self.outputs[0])
-        others = self.others if first and name in self.others_in else []
+        others = self._others(system) if first and name in self.others_in else []
         fitting = {RICH: workload.requests, FULL: None}.get(name, name)
-        slots = None if fitting is None else workload.pool_for(int(fitting))
+        slots = None if fitting is None else workload.pool_for(float(fitting))
         chosen = [w for w in (workload, *others) if w.name.startswith(self.kinds or "")]
         return Pool(name, slots, [w.times(self.times) for w in chosen])
+
+    def _others(self, system: int) -> list[Workload]:
+        if not self.untouched:
+            return self.others
+        never = never_evicted(self.untouched, system, self.question, self.budget)
+        return [*self.others, never.times(WAVES)]
 
 
 PRESETS = {
@@ -94,7 +112,7 @@ PRESETS = {
         most=64,
         budget=32,
         interval=16,
-        clips=[32],
+        arms=[PRODUCTION, clip(32), CONSTRAINED, POLICY],
         systems=[128],
         outputs=[160],
         question=32,
@@ -103,9 +121,11 @@ PRESETS = {
             shared_prefix("shared prefix", 4, 8, system=256, question=32, output=48),
             random_lengths(32, prompt=256, output=192),
         ],
+        untouched=32,
         others_in=[RICH],  # Elsewhere they would take too long.
         side_by_side=True,
         goal=1.2,
+        gpu=False,
     ),
     "qwen3-8b": Preset(
         make_model=lambda folder: make_dummy("qwen3-8b", folder),
@@ -114,7 +134,7 @@ PRESETS = {
         most=256,
         budget=2048,
         interval=128,
-        clips=[1024, 8192],
+        arms=[PRODUCTION, clip(1024), clip(8192), CONSTRAINED, POLICY],
         systems=[1024],
         outputs=[16384],
         question=128,
@@ -123,8 +143,35 @@ PRESETS = {
             shared_prefix("shared prefix", 16, 16, system=2048, question=128, output=256),
             random_lengths(256, prompt=1024, output=1024),
         ],
+        untouched=0,
         others_in=["4", RICH],
         side_by_side=False,
         goal=2.5,
+        gpu=True,
+    ),
+    # Minutes on one GPU of 80 GB: weights take 16 GB of each server, its pool 1.4.
+    "quick": Preset(
+        make_model=lambda folder: make_dummy("qwen3-8b", folder),
+        server=[
+            *("--stream-interval", "8", "--mem-fraction-static", "0.85"),
+            # Few graphs are captured soon.
+            *("--cuda-graph-bs-decode", "1", "4", "8", "16", "24", "32"),
+            "--disable-prefill-cuda-graph",
+        ],
+        own=["--load-format", "dummy"],
+        most=32,
+        budget=256,
+        interval=32,
+        arms=[PRODUCTION, POLICY],
+        systems=[64],
+        outputs=[2048],
+        question=32,
+        sent={"4.4": 24},
+        others=[],
+        untouched=24,
+        others_in=["4.4"],
+        side_by_side=True,
+        goal=2.5,
+        gpu=True,
     ),
 }

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import pictures
 from bench.goal import Goal
 from bench.load.cells import Cell, Group
 from bench.load.picture import draw
 from bench.load.traffic import Traffic
-from bench.machine import machine
+from bench.machine import machine, versions
 from bench.table import spread, table
 
 _HEADER = [
@@ -29,35 +30,55 @@ _NOTE = (
 )
 
 
-def report(
-    groups: list[Group],
-    goals: list[Goal],
-    traffic: Traffic,
-    settings: dict[str, Any],
-    output: Path,
-) -> None:
-    """Print tables and goals; write the JSON, and the picture beside it."""
-    for group in groups:
+@dataclass(frozen=True)
+class Results:
+    """All that a bench has found.
+
+    Attributes:
+        command: how it was called.
+        settings: of the bench, for the JSON.
+        left_out: runs that there were not.
+        failures: what went wrong.
+        seconds: that it took.
+    """
+
+    command: str
+    settings: dict[str, Any]
+    traffic: Traffic
+    groups: list[Group]
+    goals: list[Goal]
+    left_out: list[str]
+    failures: list[str]
+    seconds: float
+
+
+def report(results: Results, output: Path) -> None:
+    """Print tables and goals; write the JSON, and with matplotlib the picture beside it."""
+    for group in results.groups:
         print(group_table(group), end="\n\n")
-    print(_NOTE, *goals, sep="\n")
-    result = {
-        "machine": machine(),
-        "settings": settings,
-        "traffic": asdict(traffic),
-        "goals": [asdict(goal) for goal in goals],
-        "groups": [asdict(group) for group in groups],
-    }
+    print(_NOTE, *results.goals, sep="\n")
+    print(*(f"left out: {text}" for text in results.left_out), *results.failures, sep="\n")
+    result = {"machine": machine(), "versions": versions(), **asdict(results)}
     output.write_text(json.dumps(result, default=str))
+    print(f"{results.seconds:.0f} s; written: {output}{_draw(results.groups, output)}")
+
+
+def _draw(groups: list[Group], output: Path) -> str:
+    """What is to be said about the picture."""
+    if not groups:
+        return ""
+    if not pictures.available():
+        return "; no picture: matplotlib cannot be imported"
     picture = output.with_suffix(".png")
-    if groups:
-        draw(groups).savefig(picture, dpi=110)
-    print(f"\nWritten: {output}, {picture}")
+    draw(groups).savefig(picture, dpi=110)
+    return f", {picture}"
 
 
 def group_table(group: Group) -> str:
     """One row for each arm of one workload in one pool."""
     run, best = group.production.first, group.best_stock
-    title = f"{run.workload}, pool {run.pool} ({run.slots} slots)"
+    attention = ", ".join(sorted({run.attention for cell in group.cells for run in cell.runs}))
+    title = f"{run.workload}, pool {run.pool} ({run.slots} slots), attention: {attention}"
     factor = group.policy.ratio / best.ratio
     last = f"{group.policy.arm} to the best stock arm ({best.arm}): {factor:.2f} x"
     return "\n".join([title, table([_HEADER, *map(_row, group.cells)]), last])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -28,6 +29,8 @@ class Run:
         running: requests in a decoding step, on average.
         read: KV slots that a decoding step reads, on average; shared ones once for each request.
         over_time: seconds since the begin, running requests and tokens per second.
+        attention: the server's attention backend in decoding steps.
+        wall: seconds that all of this took, the client's warm-up included.
     """
 
     arm: str
@@ -41,6 +44,8 @@ class Run:
     running: float
     read: float
     over_time: list[tuple[float, int, float]]
+    attention: str
+    wall: float
 
 
 def measure(
@@ -58,6 +63,7 @@ def measure(
     Raises:
         LoadFailed: something is missing that the result would be wrong without.
     """
+    began = time.monotonic()
     if not server.flush_cache():
         raise LoadFailed(f"{arm}: the cache could not be emptied; {server.log}")
     before = server.internal_state()
@@ -82,6 +88,8 @@ def measure(
         running=fmean(line.running for line in lines),
         read=fmean(line.slots + again(line.running) for line in lines),
         over_time=[(s.time - load.began, s.line.running, s.line.throughput) for s in thinned],
+        attention=after["decode_attention_backend"] or after["attention_backend"],
+        wall=time.monotonic() - began,
     )
 
 

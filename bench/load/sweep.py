@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from bench.arms import Arm, running
-from bench.load.arms import CONSTRAINED, make_arms
+from bench.load.arms import CLIPPED, CONSTRAINED, PRODUCTION, make_arms
 from bench.load.client import Client
+from bench.load.cutoff import Clock
+from bench.load.plan import Planned
 from bench.load.presets import RICH, Pool, Preset
 from bench.load.run import Run, measure, slots_of
+from bench.load.workloads import Workload
 from bench.server import Server
 
 FITS = 0.99  # Of a pool: SGLang rounds to pages.
@@ -36,6 +39,9 @@ class Sweep:
         folder: for the servers' logs.
         progress: called with a line of text before each step.
         on_wait: called while servers start.
+        clock: a repeat that does not fit into what is left of it, going by the ones before, is left
+            out.
+        took: seconds of the longest run so far, by workload and arm.
     """
 
     preset: Preset
@@ -45,8 +51,15 @@ class Sweep:
     folder: Path
     progress: Callable[[str], object]
     on_wait: Callable[[], object]
+    clock: Clock = field(default_factory=Clock)
+    took: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def measure(self, pool: Pool) -> Iterator[Run]:
+    def planned(self, pool: Pool) -> Planned:
+        """The runs of `measure`."""
+        names = [(w.name, arm) for w in pool.workloads for arm in self._names(pool)]
+        return Planned({(pool.name, *pair): self.arguments.repeats for pair in names})
+
+    def measure(self, pool: Pool) -> Generator[Run, None, None]:
         """Each workload on each arm, `repeats` times, every other time the other way round.
 
         Raises:
@@ -68,15 +81,21 @@ class Sweep:
                     yield from self._send_all(pool, slots, servers, number)
 
     def _arms(self, pool: Pool, slots: int | None) -> list[Arm]:
-        clips = [] if pool.name == RICH else self.preset.clips
         arguments = self.arguments
-        return make_arms(self.preset, slots, clips, arguments.stats, arguments.server_arguments)
+        return make_arms(
+            self.preset, self._names(pool), slots, arguments.stats, arguments.server_arguments
+        )
+
+    def _names(self, pool: Pool) -> list[str]:
+        """Of the arms; where there is room for all, estimates of lengths change nothing."""
+        names = self.preset.arms
+        return [name for name in names if pool.name != RICH or not name.startswith(CLIPPED)]
 
     def _capacity(self, pool: Pool) -> int:
         """Slots that production SGLang has if memory decides: all arms get as many."""
-        production = self._arms(pool, None)[0]
-        with self._running(pool, [production], 0) as servers:
-            return slots_of(servers[production.name].internal_state())
+        production = [arm for arm in self._arms(pool, None) if arm.name == PRODUCTION]
+        with self._running(pool, production, 0) as servers:
+            return slots_of(servers[PRODUCTION].internal_state())
 
     def _running(
         self, pool: Pool, arms: Sequence[Arm], number: int
@@ -97,10 +116,18 @@ class Sweep:
             if not number or not self.preset.side_by_side:
                 self._warm_up(server)
         for workload in pool.workloads:
+            expected = sum(self.took.get((workload.name, name), 0.0) for name in servers)
+            if expected > self.clock.left:
+                continue  # A shorter one may fit.
             for name in _turned(list(servers), number):
-                self.progress(f"pool {pool.name}: {workload.name}, {name}")
-                shares = name != CONSTRAINED
-                yield measure(self.client, servers[name], workload, name, pool.name, shares)
+                yield self._send(pool, workload, name, servers[name])
+
+    def _send(self, pool: Pool, workload: Workload, name: str, server: Server) -> Run:
+        self.progress(f"pool {pool.name}: {workload.name}, {name}")
+        run = measure(self.client, server, workload, name, pool.name, name != CONSTRAINED)
+        key = workload.name, name
+        self.took[key] = max(run.wall, self.took.get(key, 0.0))
+        return run
 
     def _warm_up(self, server: Server) -> None:
         """Let the server do everything once, a round too."""

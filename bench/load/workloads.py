@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-REASONING = "reasoning"
+REASONING, NEVER = "reasoning", "never evicted"
+_BELOW = 16  # By one part in so many.
 _JOINT = 2  # Tokens that the client writes between system prompt and question.
 
 
@@ -47,16 +48,17 @@ class Workload:
         if factor == 1:
             return self
         count = self.sizes[self.counter] * factor
+        at_once = self.sizes.get("max-concurrency", self.requests)
         return replace(
             self,
-            sizes={**self.sizes, self.counter: count, "max-concurrency": self.requests},
+            sizes={**self.sizes, self.counter: count, "max-concurrency": at_once},
             requests=self.requests * factor,
             output=None if self.output is None else self.output * factor,
         )
 
-    def pool_for(self, concurrency: int) -> int:
+    def pool_for(self, concurrency: float) -> int:
         """KV slots in which `concurrency` such requests fit to the last token."""
-        return self.groups * self.shared + concurrency * self.private
+        return self.groups * self.shared + round(concurrency * self.private)
 
     def read_twice(self, running: int) -> float:
         """Slots that a step reads again, because `running` requests share them."""
@@ -96,6 +98,12 @@ def reasoning(requests: int, system: int, question: int, output: int) -> Workloa
     """Long outputs behind one system prompt."""
     name = f"{REASONING} {system}+{output}"
     return shared_prefix(name, 1, requests, system, question, output)
+
+
+def never_evicted(requests: int, system: int, question: int, budget: int) -> Workload:
+    """As `reasoning`, with outputs that stay below a policy's `budget`: no round is ever due."""
+    output = budget - -(-budget // _BELOW)
+    return shared_prefix(f"{NEVER} {system}+{output}", 1, requests, system, question, output)
 
 
 def random_lengths(requests: int, prompt: int, output: int) -> Workload:
