@@ -98,8 +98,9 @@ def steps(folder: Path, tiny: bool) -> list[list[Step]]:
         tests += ["-k", "torch and not dtypes"]
         exact += ["--page-size", "1"]
         kernels += ["--device", "cpu"]
-        serving += ["--preset", "tiny", "--budget", "16", "--interval", "8", "--pools", "4"]
-        serving += ["--arms", "production", "triattention", "--outputs", "96", "--repeats", "1"]
+        serving += ["--preset", "tiny", "--budget", "16", "--interval", "16", "--pools", "4"]
+        serving += ["--others-in", "4", "--workloads", "reasoning", "never", "--outputs", "96"]
+        serving += ["--arms", "production", "triattention", "--repeats", "1"]
     else:
         kernels += ["--candidates", "2176", "--requests", "8", "1", "64"]
         serving += ["--preset", "quick", "--limit", "280"]

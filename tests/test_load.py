@@ -17,7 +17,15 @@ from transformers import AutoTokenizer
 from bench.arms import Arm
 from bench.dummy_models import make_dummy
 from bench.load import sweep
-from bench.load.arms import CLIP_VARIABLE, CONSTRAINED, POLICY, PRODUCTION, clip, make_arms
+from bench.load.arms import (
+    CLIP_VARIABLE,
+    CONSTRAINED,
+    POLICY,
+    PRODUCTION,
+    WAITING,
+    clip,
+    make_arms,
+)
 from bench.load.cells import Cell, Group, group
 from bench.load.client import Client, Load, LoadFailed
 from bench.load.goals import judge
@@ -38,6 +46,7 @@ from bench.load.workloads import (
 from bench.server import STOCK_ENVIRONMENT
 from bench.tiny_models import make_model
 from bench.tiny_tokenizer import write_printable_tokenizer
+from sglang_tri.patches import decode
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
 
@@ -194,7 +203,7 @@ def test_pools_have_room_for_as_many_as_they_are_named_for() -> None:
 
 def test_arms_have_the_same_pool() -> None:
     """And differ in nothing but what they are named for."""
-    names = [PRODUCTION, clip(64), CONSTRAINED, POLICY]
+    names = [PRODUCTION, clip(64), CONSTRAINED, POLICY, WAITING]
     arms = make_arms(TINY, names, 1000, "file", ["--page-size", "4"])
     common = arms[0].arguments
     pairs = dict(zip(common[::2], common[1::2], strict=False))
@@ -209,6 +218,7 @@ def test_arms_have_the_same_pool() -> None:
         Arm("clip 64", common, clipped),
         Arm(CONSTRAINED, [*common, *plain], STOCK_ENVIRONMENT),
         Arm(POLICY, [*common, *policy]),
+        Arm(WAITING, [*common, *policy], {decode.WAIT: "1"}),
     ]
     assert "--max-total-tokens" not in make_arms(LARGE, names, None, "auto", [])[0].arguments
     assert make_arms(TINY, [POLICY, PRODUCTION], 1000, "file", ["--page-size", "4"]) == [

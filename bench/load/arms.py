@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from bench.load.presets import Preset
 
 PRODUCTION, CONSTRAINED, POLICY = "production", "constrained", "triattention"
+# The policy where each round waits for the whole forward pass before it: what does that cost?
+WAITING = "waiting"
+WAIT_VARIABLE = "SGLANG_KV_POLICY_WAIT"
 CLIPPED = "clip "  # And the value.
 CLIP_VARIABLE = "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"
 _PLAIN = ["--disable-radix-cache", "--disable-overlap-schedule"]
@@ -24,7 +27,7 @@ def clip(tokens: int) -> str:
 
 
 def is_arm(name: str) -> bool:
-    known = name in (PRODUCTION, CONSTRAINED, POLICY)
+    known = name in (PRODUCTION, CONSTRAINED, POLICY, WAITING)
     return known or re.fullmatch(rf"{CLIPPED}[1-9]\d*", name) is not None
 
 
@@ -47,6 +50,7 @@ def make_arms(
     special = {
         CONSTRAINED: Arm(CONSTRAINED, [*common, *_PLAIN], STOCK_ENVIRONMENT),
         POLICY: Arm(POLICY, [*common, *policy]),
+        WAITING: Arm(WAITING, [*common, *policy], {WAIT_VARIABLE: "1"}),
     }
     return [special.get(name) or Arm(name, common, _environment(name)) for name in names]
 

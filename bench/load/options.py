@@ -115,7 +115,7 @@ def _parser(about: str) -> argparse.ArgumentParser:
         nargs="+",
         metavar="ARM",
         help="servers to compare: production, 'clip N' (the same with another estimate of output "
-        "tokens), constrained, triattention",
+        "tokens), constrained, triattention, waiting (its rounds wait for whole forward passes)",
     )
     arms.add_argument(
         "--clips", type=_positive, nargs="*", help="the preset's arms, with these estimates"
@@ -163,6 +163,7 @@ def _limit(text: str) -> float:
 def _arm(name: str) -> str:
     if not is_arm(name):
         raise argparse.ArgumentTypeError(
-            f"{name} is no arm: use production, 'clip N' (N: tokens), constrained or triattention"
+            f"{name} is no arm: use production, 'clip N' (N: tokens), constrained, triattention or "
+            "waiting"
         )
     return name
