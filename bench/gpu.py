@@ -4,8 +4,9 @@
 
 Runs the kernel tests, `bench.exact`, `bench.kernels` and `bench.serving --preset quick`; what takes
 times runs alone. A step that fails, or takes too long, does not stop the next one. Into
-`results/<card>/`: each step's log and JSON, and summary.json. Exit status 1 if a step failed.
-`--device cpu` tries it out with tiny sizes, whose times mean nothing.
+`results/<card>/`: each step's log and JSON, and summary.json. Exit status 1 if a step failed. What
+follows `--` goes to all servers. `--device cpu` tries it out with tiny sizes, whose times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder: Path = arguments.out or Path("results") / re.sub(r"[^a-z0-9]+", "-", card.lower())
     folder.mkdir(parents=True, exist_ok=True)
-    plan = steps(folder, arguments.device == "cpu")
+    plan = steps(folder, arguments.device == "cpu", arguments.server_arguments)
     wanted = arguments.steps or [step.name for group in plan for step in group]
     end = time.monotonic() + arguments.limit
     outcomes: list[Outcome] = []
@@ -85,8 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(each.status != 0 for each in outcomes))
 
 
-def steps(folder: Path, tiny: bool) -> list[list[Step]]:
-    """What runs, group after group; the steps of a group run at once."""
+def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[Step]]:
+    """What runs, group after group; the steps of a group run at once.
+
+    Args:
+        folder: for what they write.
+        tiny: whether a CPU tries it out.
+        servers: further arguments of all servers.
+    """
     workers = str(min(MOST_WORKERS, os.cpu_count() or 1))
     tests = ["-m", "pytest", "-q", "-rf", "-n", workers, "tests/kernels"]
     # FlashInfer would compile attention kernels first, for minutes.
@@ -104,6 +111,9 @@ def steps(folder: Path, tiny: bool) -> list[list[Step]]:
     else:
         kernels += ["--candidates", "2176", "--requests", "8", "1", "64"]
         serving += ["--preset", "quick", "--limit", "280"]
+    if servers:
+        exact += ["--", *servers]
+        serving += ["--", *servers]
     slow = 6 if tiny else 1
     return [
         [Step("kernel tests", tests, 150 * slow), Step("exact", exact, 150 * slow)],
@@ -166,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit", type=float, default=LIMIT_S, help="seconds in all (default: %(default)s)"
     )
+    parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")
     return parser
 
 

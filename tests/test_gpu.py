@@ -21,6 +21,14 @@ def test_what_a_gpu_runs_fits_into_its_limit() -> None:
     assert limit_s + gpu.GRACE_S < serving.limit_s
 
 
+def test_servers_get_further_arguments() -> None:
+    more = ["--attention-backend", "flashinfer"]
+    for group in gpu.steps(Path("results/h100"), False, more):
+        for step in group:
+            serves = step.name in ("exact", "serving")
+            assert (step.arguments[-3:] == ["--", *more]) is serves
+
+
 def test_a_step_runs_and_leaves_its_figures(tmp_path: Path) -> None:
     assert gpu.main(["--device", "cpu", "--steps", "kernels", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
