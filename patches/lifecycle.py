@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Folder for files that record every round (see sglang_tri.trace).
 TRACE = "SGLANG_KV_POLICY_TRACE"
+# "1": they also hold the rows of K and V before and after it.
+TRACE_ROWS = "SGLANG_KV_POLICY_TRACE_ROWS"
 
 
 def start_scheduler(
@@ -80,17 +82,23 @@ def start_scheduler(
 def _build_runtime(scheduler: Scheduler, settings: KvPolicyConfig) -> Runtime:
     _check_tree(scheduler)
     _check_windows(scheduler.tp_worker.model_runner.model)
-    trace = os.environ.get(TRACE)
-    observer: Observer | None = TraceWriter(trace) if trace else None
+    cache = _read_pool(scheduler)
     rows = scheduler.req_to_token_pool.req_to_token.shape[0]
     return Runtime(
         settings,
-        _read_pool(scheduler),
+        cache,
         rows,
         scheduler.page_size,
         workspace=memory.reserved(),
-        observer=observer,
+        observer=_observer(cache),
     )
+
+
+def _observer(cache: Cache) -> Observer | None:
+    folder = os.environ.get(TRACE)
+    if not folder:
+        return None
+    return TraceWriter(folder, cache.rows if os.environ.get(TRACE_ROWS) == "1" else ())
 
 
 def _read_statistics(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -39,7 +39,17 @@ from sglang_tri.rounds import (
 _STEPS_KEPT_ALIVE = 4
 
 
-Observer = Callable[[Round, torch.Tensor], None]
+class Observer(Protocol):
+    """Sees every round, on the stream that the round runs on; used to write traces."""
+
+    def before(self, planned: Round) -> None:
+        """No row has moved yet."""
+
+    def after(self, planned: Round, packed: torch.Tensor) -> None:
+        """The round is done; `packed` says which candidate each slot holds now.
+
+        It is int64 [layers or 1, requests, kv_heads or 1, kept].
+        """
 
 
 class Runtime:
@@ -52,8 +62,7 @@ class Runtime:
         page_size: slots per page.
         queries: virtual queries, or None where there are no statistics, or not yet.
         workspace: memory for scores; by default it is allocated here.
-        observer: called after each executed round with the round and which candidate each slot
-            holds now, int64 [layers or 1, requests, kv_heads or 1, kept]; used to write traces.
+        observer: told of each round before and after it is executed.
     """
 
     def __init__(
@@ -187,10 +196,12 @@ class Runtime:
         candidates = self.candidates(
             planned.settings, planned.pages, planned.logical, planned.budgets
         )
+        if self._observer is not None:
+            self._observer.before(planned)
         packed = execute(policy, candidates, self.cache, trace=self._observer is not None)
         self.deltas[planned.rows] = planned.deltas
         if self._observer is not None and packed is not None:
-            self._observer(planned, packed)
+            self._observer.after(planned, packed)
 
     def candidates(
         self, settings: KvPolicyConfig, pages: Pages, logical: torch.Tensor, budgets: Budgets

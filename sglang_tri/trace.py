@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import torch
 
+from sglang_tri.kernels.pages import PagedBuffers, Pages
 from sglang_tri.rounds import Due, Round
 
 _LONGEST_NAME = 200
@@ -25,24 +28,57 @@ class TraceWriter:
 
     Each file holds `logical` (logical length at the round), `start` (first evictable slot) and
     `kept`, int64 [layers or 1, kv_heads or 1, kept]: logical positions, ascending.
+
+    With `rows` it also holds `places`, int64 like `kept`: which candidate each kept slot holds now;
+    and the bytes of rows, uint8 [layers, candidates or kept, kv_heads, bytes]: `keys_before` and
+    `values_before` of the candidates, in slot order, `keys_after` and `values_after` of the slots
+    that were kept.
+
+    Args:
+        folder: made where it is missing.
+        rows: K, then V of all layers as stored, or nothing.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, rows: Sequence[PagedBuffers] = ()) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._layers = [layer for buffers in rows for layer in buffers.layers]
+        self._before: list[dict[str, np.ndarray]] = []
 
-    def __call__(self, planned: Round, packed: torch.Tensor) -> None:
+    def before(self, planned: Round) -> None:
+        if self._layers:
+            self._before = [
+                self._read(planned.pages, index, due.candidates, "before")
+                for index, due in enumerate(planned.due)
+            ]
+
+    def after(self, planned: Round, packed: torch.Tensor) -> None:
         for index, due in enumerate(planned.due):
             logical, places = int(planned.logical[index]), packed[:, index].cpu()
             positions = self._candidates(due, logical, places)
             due.region.positions = positions.gather(-1, places)
             chosen = due.region.positions.sort(-1).values
-            np.savez(
-                self._folder / f"{file_name(due.state.rid)}-{due.state.rounds:05d}.npz",
-                logical=logical,
-                start=due.region.start,
-                kept=chosen.numpy(),
-            )
+            content: dict[str, Any] = {
+                "logical": logical,
+                "start": due.region.start,
+                "kept": chosen.numpy(),
+            }
+            if self._layers:
+                content |= self._before[index]
+                content |= self._read(planned.pages, index, places.shape[-1], "after")
+                content["places"] = places.numpy()
+            name = f"{file_name(due.state.rid)}-{due.state.rounds:05d}.npz"
+            np.savez(self._folder / name, **content)
+
+    def _read(self, pages: Pages, request: int, count: int, when: str) -> dict[str, np.ndarray]:
+        """Bytes of the first `count` candidates' rows, by the names that they get in the file."""
+        page, row = (index[:count] for index in pages.rows(request))
+        read = [layer[page, row].view(torch.uint8) for layer in self._layers]
+        keys, values = read[: len(read) // 2], read[len(read) // 2 :]
+        return {
+            f"keys_{when}": torch.stack(keys).cpu().numpy(),
+            f"values_{when}": torch.stack(values).cpu().numpy(),
+        }
 
     @staticmethod
     def _candidates(due: Due, logical: int, places: torch.Tensor) -> torch.Tensor:
