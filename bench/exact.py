@@ -1,0 +1,217 @@
+"""An exact check of real SGLang servers with the policy on, on whatever machine this is.
+
+Servers of a small model (the reference model, unless another is named) run with the dtype, the
+attention backend and the page sizes that are asked for; the float32 simulator judges them here, on
+the CPU, and needs no GPU. The parts, for each page size:
+
+identical   a budget that is never reached: stock SGLang's ids and log-probabilities, bit for bit
+outputs     log-probabilities are those of the model with the recorded kept sets; without eviction
+            they are at least ten times as far off
+turns       a second turn goes on from the compressed first one, and is as exact; on a GPU also
+            without CUDA graphs in prefill
+pool        after 200 short requests, some of them aborted, every slot is free or cached
+rows        the rows of K and V are, bit for bit, those that the trace says were moved
+
+Further arguments for all servers stand after `--`. Exit status 1 if a part fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.exactness import identical, outputs, pool, rows, turns
+from bench.exactness.client import Answer, send
+from bench.exactness.judge import Judge
+from bench.exactness.outputs import Limits
+from bench.exactness.questions import Questions
+from bench.exactness.report import Part, show, write
+from bench.exactness.results import Result, need
+from bench.exactness.servers import (
+    BUDGET,
+    HUGE,
+    INTERVAL,
+    NO_PREFILL_GRAPHS,
+    POLICY,
+    STOCK,
+    Fleet,
+    arm_name,
+    arms,
+    describe,
+    trace,
+)
+from bench.reference_model import FOLDER
+from sglang_tri import stats
+
+# A CPU is busy with two; on a GPU those of the next page size start meanwhile.
+SERVERS_AT_ONCE = {True: 8, False: 2}
+WITHOUT_GRAPHS = "turns, no prefill graphs"
+
+
+class Check:
+    """All parts, one after the other; what is known is written as soon as it is.
+
+    Args:
+        given: the command line.
+        gpu: whether servers run on one.
+        folder: for logs and traces.
+    """
+
+    def __init__(self, given: argparse.Namespace, gpu: bool, folder: Path) -> None:
+        self.given, self.gpu, self.folder = given, gpu, folder
+        self.parts: list[Part] = []
+        self.about: dict[str, Any] = {
+            "machine": "",
+            "arguments": sys.argv[1:],
+            "versions": {name: version(name) for name in ("sglang", "torch", "sglang-tri")},
+            "dtype": given.dtype,
+            "budget": BUDGET,
+            "interval": INTERVAL,
+            "servers": {},
+        }
+        self.limits = Limits.of(given.dtype)
+        self.questions = Questions(given.model_path)
+        official = folder / "stats.pt"
+        stats.save_as(stats.load(given.stats), official)
+        self.judge = Judge(
+            given.model_path,
+            official,
+            BUDGET,
+            INTERVAL,
+            self.questions.think_end,
+            self.limits.near,
+        )
+
+    def run(self) -> int:
+        """The exit status."""
+        made = [
+            arm
+            for page in self.given.page_size
+            for arm in arms(page, self.given, self.gpu, self.folder)
+        ]
+        at_once = SERVERS_AT_ONCE[self.gpu]
+        fleet = Fleet(made, self.given.model_path, self.folder, at_once)
+        try:
+            self.about["machine"] = _machine()
+            for page_size in self.given.page_size:
+                self._page(fleet, page_size)
+        finally:
+            fleet.stop()
+        self._write(finished=True)
+        print(f"\n{show(self.parts)}\n{self.given.json}")
+        return 1 if any(part.ok is False for part in self.parts) else 0
+
+    def _page(self, fleet: Fleet, page_size: int) -> None:
+        stock, huge, policy = (arm_name(kind, page_size) for kind in (STOCK, HUGE, POLICY))
+        floors: list[Answer] = []
+
+        def compare() -> Result:
+            servers = fleet.get(stock), fleet.get(huge)
+            found = identical.check(*servers, self.questions)
+            floors.extend(send(servers[0], ask) for ask in outputs.alone(self.questions))
+            return found
+
+        self._part("identical", page_size, compare)
+        self._done(fleet, [stock, huge])
+        recorded = trace(self.folder, policy)
+        rest = (self.judge, self.questions, page_size, self.limits)
+        self._part(
+            "outputs",
+            page_size,
+            lambda: outputs.check(fleet.get(policy), recorded, floors, *rest),
+        )
+        self._part("turns", page_size, lambda: turns.check(fleet.get(policy), recorded, *rest))
+        self._part("pool", page_size, lambda: pool.check(fleet.get(policy), self.questions))
+        self._part("rows", page_size, lambda: rows.check(recorded))
+        self._done(fleet, [policy])
+        self._part(WITHOUT_GRAPHS, page_size, partial(self._without_graphs, fleet, page_size))
+
+    def _without_graphs(self, fleet: Fleet, page_size: int) -> Result:
+        if not self.gpu:
+            return Result([need("prefill has no CUDA graphs on a CPU", "not run", None)])
+        name = arm_name(NO_PREFILL_GRAPHS, page_size)
+        recorded = trace(self.folder, name)
+        found = turns.check(
+            fleet.get(name), recorded, self.judge, self.questions, page_size, self.limits
+        )
+        self._done(fleet, [name])
+        return found
+
+    def _done(self, fleet: Fleet, names: Sequence[str]) -> None:
+        """These are not needed any more."""
+        for name in names:
+            try:
+                self.about["servers"][name] = describe(fleet.get(name))
+            except Exception as error:
+                self.about["servers"][name] = _said(error)
+        fleet.done(names)
+
+    def _part(self, name: str, page_size: int, check: Callable[[], Result]) -> None:
+        """One that raises has failed; the others go on."""
+        began = time.monotonic()
+        try:
+            result = check()
+        except Exception as error:
+            result = Result([need("it runs to its end", _said(error), False)])
+        seconds = time.monotonic() - began
+        part = Part(name, page_size, result.goals, result.figures, seconds)
+        self.parts.append(part)
+        print(f"{name}, page size {page_size}: {part.verdict}", *part.goals, sep="\n  ", flush=True)
+        self._write(finished=False)
+
+    def _write(self, finished: bool) -> None:
+        write(self.given.json, self.about, self.parts, finished)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[-2000:]
+
+
+def _machine() -> str:
+    """`bench.machine`, from a process of its own: it touches the GPU."""
+    code = "from bench.machine import machine; print(machine())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attention-backend", help="of all servers; default: SGLang's")
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--page-size", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--json", type=Path, default=Path("results/exact.json"), help="the figures")
+    parser.add_argument("--model-path", type=Path, default=FOLDER, help="default: reference model")
+    parser.add_argument("--stats", type=Path, help="query statistics of that model")
+    parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
+    given = parser.parse_args()
+    if given.stats is None:
+        given.stats = given.model_path / "stats.safetensors"
+    if not given.stats.is_file():
+        parser.error(f"--stats: there is no file {given.stats}")
+    gpu = torch.cuda.is_available()
+    given.dtype = given.dtype or ("bfloat16" if gpu else "float32")
+    # Small matrices lose more by threads than they win.
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="sglang-tri-exact-") as folder:
+        return Check(given, gpu, Path(folder)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

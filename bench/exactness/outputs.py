@@ -1,0 +1,145 @@
+"""Outputs are those of the model with the sets that were kept, and of no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.goal import Goal
+from bench.server import Endpoint
+
+from .client import Answer, Ask, send, send_all
+from .judge import Judge, Recorded, Verdict
+from .questions import Questions
+from .results import Result, need
+
+TOKENS, TOGETHER = 250, 8
+MODES = ("per-head", "per-layer-per-head", "per-head", "union")
+# The control's error must be so many times the error with the recorded sets.
+LEAST_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a dtype allows.
+
+    Attributes:
+        error: mean |difference| of log-probabilities, in nats.
+        near: score units within which a near tie is to be expected; scores are of order 1.
+        tolerance: score units within which the server may choose otherwise than the simulator.
+    """
+
+    error: float
+    near: float
+    tolerance: float
+
+    @classmethod
+    def of(cls, dtype: str) -> Limits:
+        return cls(1e-4, 1e-5, 1e-4) if dtype == "float32" else cls(0.03, 1e-2, 0.25)
+
+
+def alone(questions: Questions) -> list[Ask]:
+    return [Ask(questions(number), TOKENS, float(number % 2)) for number in range(2)]
+
+
+def together(questions: Questions) -> list[Ask]:
+    """Half greedy, half sampled, in every eviction mode."""
+    return [
+        Ask(questions(2 + n), TOKENS, float(n % 2), MODES[n // 2 % len(MODES)])
+        for n in range(TOGETHER)
+    ]
+
+
+def check(
+    server: Endpoint,
+    trace: Path,
+    floors: Sequence[Answer],
+    judge: Judge,
+    questions: Questions,
+    page_size: int,
+    limits: Limits,
+) -> Result:
+    """Judge some requests alone, then some at once.
+
+    Args:
+        trace: where the server writes its rounds.
+        floors: outputs of stock SGLang, to see what the dtype costs.
+    """
+    answers = [send(server, ask) for ask in alone(questions)]
+    answers += send_all(server, together(questions))
+    verdicts = [
+        judge.verdict(
+            judge.conversation(answer.ask.mode, page_size),
+            answer,
+            Recorded.read(trace, answer.rid),
+        )
+        for answer in answers
+    ]
+    floor = stated([judge.without_eviction(answer) for answer in floors])
+    note = need("stock SGLang's error, what the dtype costs", f"{floor['mean']:.2e} nats", True)
+    return Result([*goals(verdicts, limits), note], {**figures(verdicts), "floor": floor})
+
+
+def goals(verdicts: Sequence[Verdict], limits: Limits) -> list[Goal]:
+    recorded, control = (
+        stated([getattr(one, name) for one in verdicts])["mean"] for name in ("recorded", "control")
+    )
+    # An error of 0 would be no wonder in a run that kept everything.
+    factor = control / max(recorded, 1e-12)
+    tolerance = max(one.tolerance for one in verdicts)
+    rounds, agree = [one.rounds for one in verdicts], [one.agree for one in verdicts]
+    return [
+        need(
+            f"judged without eviction, the error is {LEAST_FACTOR:.0f} times as large or more",
+            f"{control:.2e} and {recorded:.2e} nats, factor {factor:.0f}",
+            factor >= LEAST_FACTOR,
+        ),
+        need(
+            f"judged with the recorded sets, it is at most {limits.error} nats",
+            f"{recorded:.2e}",
+            recorded <= limits.error,
+        ),
+        need("every output was evicted from", f"rounds: {rounds}", min(rounds) > 0),
+        need(
+            "rounds are where the simulator has them", f"{sum(agree)} of {len(agree)}", all(agree)
+        ),
+        need(
+            f"sets are the simulator's within {limits.tolerance} score units",
+            f"{tolerance:.1e}; {sum(one.otherwise for one in verdicts)} of "
+            f"{sum(one.sets for one in verdicts)} sets differ",
+            tolerance <= limits.tolerance,
+        ),
+    ]
+
+
+def figures(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    return {
+        "recorded": stated([one.recorded for one in verdicts]),
+        "control": stated([one.control for one in verdicts]),
+        "of_each": [
+            {
+                "recorded": float(one.recorded.mean()),
+                "control": float(one.control.mean()),
+                "rounds": one.rounds,
+                "sets": one.sets,
+                "chosen_otherwise": one.otherwise,
+                "tolerance": one.tolerance,
+            }
+            for one in verdicts
+        ],
+    }
+
+
+def stated(errors: Sequence[np.ndarray]) -> dict[str, float]:
+    """Of all tokens, in nats."""
+    joined = np.concatenate(errors)
+    return {
+        "mean": float(joined.mean()),
+        "p50": float(np.median(joined)),
+        "most": float(joined.max()),
+        "tokens": len(joined),
+    }

@@ -1,0 +1,145 @@
+"""The servers that are checked: how they are started, and what they say of themselves."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.arms import Arm
+from bench.server import STOCK_ENVIRONMENT, Server
+
+BUDGET, INTERVAL = 48, 24
+# A budget that no output reaches.
+NEVER = 4096
+POOL = 6144
+STOCK, HUGE, POLICY, NO_PREFILL_GRAPHS = "stock", "huge", "policy", "no-prefill-graphs"
+# SGLang checks its pool after every step: used + free + cached slots must make the whole.
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+_COMMON = [
+    *("--max-total-tokens", str(POOL), "--max-running-requests", "32"),
+    *("--decode-log-interval", "10", "--grammar-backend", "none"),
+]
+# Several of them stand on one device, and each of them needs little.
+_ON_GPU = ["--mem-fraction-static", "0.5", "--cuda-graph-max-bs-decode", "32"]
+# A server that waits would take a core from one that works.
+_ON_CPU = ["--sleep-on-idle"]
+_GRAPH = r"^.*{} batch.*graph: (True|False)"
+
+
+def arms(page_size: int, given: argparse.Namespace, gpu: bool, folder: Path) -> list[Arm]:
+    """Those of one page size, in the order in which they are used.
+
+    Args:
+        given: the command line.
+        gpu: whether they run on one.
+        folder: for what they record.
+    """
+    common = [*_COMMON, *(_ON_GPU if gpu else _ON_CPU), "--dtype", given.dtype]
+    common += ["--page-size", str(page_size)]
+    if given.attention_backend:
+        common += ["--attention-backend", given.attention_backend]
+    common += given.server_arguments
+    evicting = [*common, *_policy(given, BUDGET)]
+
+    def name(kind: str) -> str:
+        return arm_name(kind, page_size)
+
+    def traced(kind: str) -> dict[str, str]:
+        return {
+            **STRICT,
+            "SGLANG_KV_POLICY_TRACE": str(trace(folder, name(kind))),
+            "SGLANG_KV_POLICY_TRACE_ROWS": "1",
+            "SGLANG_KV_POLICY_PER_REQUEST": "1",
+        }
+
+    made = [
+        Arm(name(STOCK), common, STOCK_ENVIRONMENT),
+        Arm(name(HUGE), [*common, *_policy(given, NEVER)]),
+        Arm(name(POLICY), evicting, traced(POLICY)),
+    ]
+    if gpu:
+        eager = [*evicting, "--disable-prefill-cuda-graph"]
+        made.append(Arm(name(NO_PREFILL_GRAPHS), eager, traced(NO_PREFILL_GRAPHS)))
+    return made
+
+
+def arm_name(kind: str, page_size: int) -> str:
+    return f"{kind}-{page_size}"
+
+
+def trace(folder: Path, name: str) -> Path:
+    """Where a server writes its rounds."""
+    return folder / f"{name}-rounds"
+
+
+def _policy(given: argparse.Namespace, budget: int) -> list[str]:
+    return [
+        *("--kv-policy", "triattention", "--kv-stats", str(given.stats)),
+        *("--kv-budget", str(budget), "--kv-interval", str(INTERVAL)),
+    ]
+
+
+class Fleet:
+    """Starts servers in the order in which they are used, some of them ahead.
+
+    Args:
+        arms: in that order.
+        model: model folder.
+        folder: for their logs.
+        at_once: how many there are at a time, at the most.
+    """
+
+    def __init__(self, arms: Sequence[Arm], model: Path, folder: Path, at_once: int) -> None:
+        self._waiting = list(arms)
+        self._model, self._folder, self._at_once = model, folder, at_once
+        self._running: dict[str, Server] = {}
+        self._start()
+
+    def get(self, name: str) -> Server:
+        """The server once it is ready.
+
+        Raises:
+            ServerFailed: it ended, or was not ready in time.
+        """
+        server = self._running[name]
+        server.wait_until_ready()
+        return server
+
+    def done(self, names: Sequence[str]) -> None:
+        """Stop these; others start in their place."""
+        for name in names:
+            self._running.pop(name).stop()
+        self._start()
+
+    def stop(self) -> None:
+        self._waiting.clear()
+        self.done(list(self._running))
+
+    def _start(self) -> None:
+        while self._waiting and len(self._running) < self._at_once:
+            arm = self._waiting.pop(0)
+            log = self._folder / f"{arm.name}.log"
+            self._running[arm.name] = Server(self._model, arm.arguments, log, arm.environment)
+
+
+def describe(server: Server) -> dict[str, Any]:
+    """What ran: backends, as the server resolved them, and the shares of steps in graphs."""
+    state, text = server.internal_state(), server.log.read_text(errors="replace")
+    names = [name for name in state if name.endswith(("attention_backend", "sampling_backend"))]
+    found = {name: state[name] for name in sorted(names) if isinstance(state[name], str)}
+    found |= {name: state[name] for name in ("dtype", "page_size", "device")}
+    found["graph_memory_gb"] = state["memory_usage"]["graph"]
+    found["graph_share"] = {phase: _graph_share(text, phase) for phase in ("Decode", "Prefill")}
+    return found
+
+
+def _graph_share(log: str, phase: str) -> float | None:
+    """Of the log's lines on steps of this phase; None where there are none."""
+    steps = re.findall(_GRAPH.format(phase), log, re.M)
+    return steps.count("True") / len(steps) if steps else None
