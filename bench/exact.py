@@ -18,6 +18,7 @@ Further arguments for all servers stand after `--`. Exit status 1 if a part fail
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -153,7 +154,10 @@ class Check:
             try:
                 self.about["servers"][name] = describe(fleet.get(name))
             except Exception as error:
-                self.about["servers"][name] = _said(error)
+                self.about["servers"][name] = {
+                    "error": _said(error),
+                    "log": fleet.log_tail(name).splitlines(),
+                }
         fleet.done(names)
 
     def _part(self, name: str, page_size: int, check: Callable[[], Result]) -> None:
@@ -209,8 +213,13 @@ def main() -> int:
     given.dtype = given.dtype or ("bfloat16" if gpu else "float32")
     # Small matrices lose more by threads than they win.
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="sglang-tri-exact-") as folder:
-        return Check(given, gpu, Path(folder)).run()
+    folder = Path(tempfile.mkdtemp(prefix="sglang-tri-exact-"))
+    status = Check(given, gpu, folder).run()
+    if status:
+        print(f"Servers' logs and rounds: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return status
 
 
 if __name__ == "__main__":

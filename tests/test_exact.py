@@ -119,7 +119,7 @@ def test_faultless_outputs(judge: Judge, served: tuple[Answer, Recorded]) -> Non
 def test_sets_that_are_off_by_one(judge: Judge, served: tuple[Answer, Recorded]) -> None:
     answer, recorded = served
     texts = missed(judged(judge, answer, shifted(recorded)))
-    assert any("10 times as large" in text for text in texts), texts
+    assert any("10 times those" in text for text in texts), texts
     assert any("score units" in text for text in texts), texts
 
 
@@ -134,7 +134,7 @@ def test_an_error_of_a_hundredth(judge: Judge, served: tuple[Answer, Recorded]) 
     answer, recorded = served
     wrong = replace(answer, logprobs=answer.logprobs - 0.01)
     assert missed(judged(judge, wrong, recorded)) == [
-        "judged with the recorded sets, it is at most 0.0001 nats"
+        "the latter are at most 0.0001 nats in the mean"
     ]
 
 

@@ -31,15 +31,18 @@ class Limits:
         error: mean |difference| of log-probabilities, in nats.
         near: score units within which a near tie is to be expected; scores are of order 1.
         tolerance: score units within which the server may choose otherwise than the simulator.
+        otherwise: share of sets that it may choose otherwise.
     """
 
     error: float
     near: float
     tolerance: float
+    otherwise: float
 
     @classmethod
     def of(cls, dtype: str) -> Limits:
-        return cls(1e-4, 1e-5, 1e-4) if dtype == "float32" else cls(0.03, 1e-2, 0.25)
+        # Positions that are off by one cost 0.055 nats in bfloat16, its rounding 0.005.
+        return cls(1e-4, 1e-5, 1e-4, 0.05) if dtype == "float32" else cls(0.02, 1e-2, 0.25, 0.4)
 
 
 def alone(questions: Questions) -> list[Ask]:
@@ -80,26 +83,30 @@ def check(
         for answer in answers
     ]
     floor = stated([judge.without_eviction(answer) for answer in floors])
-    note = need("stock SGLang's error, what the dtype costs", f"{floor['mean']:.2e} nats", True)
-    return Result([*goals(verdicts, limits), note], {**figures(verdicts), "floor": floor})
+    found = goals(verdicts, limits, f"; stock SGLang's own {floor['mean']:.2e}")
+    return Result(found, {**figures(verdicts), "floor": floor})
 
 
-def goals(verdicts: Sequence[Verdict], limits: Limits) -> list[Goal]:
+def goals(verdicts: Sequence[Verdict], limits: Limits, note: str = "") -> list[Goal]:
+    """Those that every kind of output has; `note` is printed with the errors."""
     recorded, control = (
         stated([getattr(one, name) for one in verdicts])["mean"] for name in ("recorded", "control")
     )
     # An error of 0 would be no wonder in a run that kept everything.
     factor = control / max(recorded, 1e-12)
     tolerance = max(one.tolerance for one in verdicts)
+    otherwise, sets = (
+        sum(getattr(one, name) for one in verdicts) for name in ("otherwise", "sets")
+    )
     rounds, agree = [one.rounds for one in verdicts], [one.agree for one in verdicts]
     return [
         need(
-            f"judged without eviction, the error is {LEAST_FACTOR:.0f} times as large or more",
-            f"{control:.2e} and {recorded:.2e} nats, factor {factor:.0f}",
+            f"errors judged without eviction are {LEAST_FACTOR:.0f} times those with recorded sets",
+            f"{control:.2e} and {recorded:.2e} nats, factor {factor:.0f}{note}",
             factor >= LEAST_FACTOR,
         ),
         need(
-            f"judged with the recorded sets, it is at most {limits.error} nats",
+            f"the latter are at most {limits.error} nats in the mean",
             f"{recorded:.2e}",
             recorded <= limits.error,
         ),
@@ -108,10 +115,14 @@ def goals(verdicts: Sequence[Verdict], limits: Limits) -> list[Goal]:
             "rounds are where the simulator has them", f"{sum(agree)} of {len(agree)}", all(agree)
         ),
         need(
-            f"sets are the simulator's within {limits.tolerance} score units",
-            f"{tolerance:.1e}; {sum(one.otherwise for one in verdicts)} of "
-            f"{sum(one.sets for one in verdicts)} sets differ",
+            f"other sets than the simulator's are near ties, {limits.tolerance} score units apart",
+            f"{tolerance:.1e}",
             tolerance <= limits.tolerance,
+        ),
+        need(
+            f"there are at most {limits.otherwise:.0%} of them",
+            f"{otherwise} of {sets}",
+            otherwise <= limits.otherwise * sets,
         ),
     ]
 

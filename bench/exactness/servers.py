@@ -24,6 +24,8 @@ STRICT = {
 _COMMON = [
     *("--max-total-tokens", str(POOL), "--max-running-requests", "32"),
     *("--decode-log-interval", "10", "--grammar-backend", "none"),
+    # As long as the longest prefill that CUDA graphs are captured for.
+    *("--chunked-prefill-size", "1024"),
 ]
 # Several of them stand on one device, and each of them needs little.
 _ON_GPU = ["--mem-fraction-static", "0.5", "--cuda-graph-max-bs-decode", "32"]
@@ -110,6 +112,10 @@ class Fleet:
         server = self._running[name]
         server.wait_until_ready()
         return server
+
+    def log_tail(self, name: str) -> str:
+        """The end of a server's log, whether it runs or not."""
+        return self._running[name].log_tail()
 
     def done(self, names: Sequence[str]) -> None:
         """Stop these; others start in their place."""
