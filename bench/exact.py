@@ -36,7 +36,7 @@ from bench.exactness.client import Answer, send
 from bench.exactness.judge import Judge
 from bench.exactness.outputs import Limits
 from bench.exactness.questions import Questions
-from bench.exactness.report import Part, show, write
+from bench.exactness.report import Part, show, show_servers, write
 from bench.exactness.results import Result, need
 from bench.exactness.servers import (
     BUDGET,
@@ -109,7 +109,7 @@ class Check:
         finally:
             fleet.stop()
         self._write(finished=True)
-        print(f"\n{show(self.parts)}\n{self.given.json}")
+        print(f"\n{show(self.parts)}\n\n{show_servers(self.about['servers'])}\n{self.given.json}")
         return 1 if any(part.ok is False for part in self.parts) else 0
 
     def _page(self, fleet: Fleet, page_size: int) -> None:
@@ -145,8 +145,9 @@ class Check:
         found = turns.check(
             fleet.get(name), recorded, self.judge, self.questions, page_size, self.limits
         )
+        moved = rows.check(recorded)
         self._done(fleet, [name])
-        return found
+        return Result([*found.goals, *moved.goals], {**found.figures, "moved": moved.figures})
 
     def _done(self, fleet: Fleet, names: Sequence[str]) -> None:
         """These are not needed any more."""

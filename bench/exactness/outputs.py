@@ -42,7 +42,7 @@ class Limits:
     @classmethod
     def of(cls, dtype: str) -> Limits:
         # Positions that are off by one cost 0.055 nats in bfloat16, its rounding 0.005.
-        return cls(1e-4, 1e-5, 1e-4, 0.05) if dtype == "float32" else cls(0.02, 1e-2, 0.25, 0.4)
+        return cls(1e-4, 1e-5, 1e-4, 0.05) if dtype == "float32" else cls(0.03, 1e-2, 0.25, 0.4)
 
 
 def alone(questions: Questions) -> list[Ask]:

@@ -23,7 +23,7 @@ from .results import Result, need
 
 REQUESTS, AT_ONCE = 200, 24
 SHORTEST, LONGEST = 4, 130
-# One token out of so many of its output, and a request is aborted.
+# Chunks of its output that an aborted request has sent.
 ABORTED_AFTER = 6
 IDLE_TIMEOUT_S = 30.0
 # What the last prompt leaves of the pool: for its output, in whole pages.

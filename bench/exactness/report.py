@@ -55,3 +55,14 @@ def show(parts: Sequence[Part]) -> str:
     rows = [["part", "page size", "seconds", "result"]]
     rows += [[p.name, str(p.page_size), f"{p.seconds:.1f}", p.verdict] for p in parts]
     return table(rows)
+
+
+def show_servers(servers: dict[str, dict[str, Any]]) -> str:
+    """Attention backends, and how many of the logged steps ran in graphs."""
+    rows = [["server", "attention", "dtype", "decode in graphs", "prefill in graphs"]]
+    for name, found in servers.items():
+        shares = found.get("graph_share", {})
+        cells = [found.get("attention_backend", "failed"), found.get("dtype", "")]
+        graphs = [shares.get(phase) for phase in ("Decode", "Prefill")]
+        rows.append([name, *cells, *("-" if g is None else f"{g:.0%}" for g in graphs)])
+    return table(rows)
