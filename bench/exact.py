@@ -32,9 +32,8 @@ from typing import Any
 import torch
 
 from bench.exactness import identical, outputs, pool, rows, turns
-from bench.exactness.client import Answer, send
 from bench.exactness.judge import Judge
-from bench.exactness.outputs import Limits
+from bench.exactness.outputs import Limits, References
 from bench.exactness.questions import Questions
 from bench.exactness.report import Part, show, show_servers, write
 from bench.exactness.results import Result, need
@@ -114,12 +113,13 @@ class Check:
 
     def _page(self, fleet: Fleet, page_size: int) -> None:
         stock, huge, policy = (arm_name(kind, page_size) for kind in (STOCK, HUGE, POLICY))
-        floors: list[Answer] = []
+        references: References | None = None
 
         def compare() -> Result:
+            nonlocal references
             servers = fleet.get(stock), fleet.get(huge)
             found = identical.check(*servers, self.questions)
-            floors.extend(send(servers[0], ask) for ask in outputs.alone(self.questions))
+            references = References.ask(*servers, self.questions)
             return found
 
         self._part("identical", page_size, compare)
@@ -129,7 +129,7 @@ class Check:
         self._part(
             "outputs",
             page_size,
-            lambda: outputs.check(fleet.get(policy), recorded, floors, *rest),
+            lambda: outputs.check(fleet.get(policy), recorded, references, *rest),
         )
         self._part("turns", page_size, lambda: turns.check(fleet.get(policy), recorded, *rest))
         self._part("pool", page_size, lambda: pool.check(fleet.get(policy), self.questions))

@@ -148,6 +148,13 @@ def test_another_log_probability(served: tuple[Answer, Recorded]) -> None:
     assert other.figures["first_other_token"] == [None, 7]
 
 
+def test_a_trace_that_changes_something(served: tuple[Answer, Recorded]) -> None:
+    answer = served[0]
+    assert not outputs.same_untraced(answer, answer).failed
+    assert outputs.same_untraced(answer, replace(answer, logprobs=answer.logprobs + 1e-6)).failed
+    assert outputs.same_untraced(answer, replace(answer, meta={})).failed
+
+
 @pytest.mark.parametrize(
     ("history", "cached", "failing"), [("compressed", 8, 0), ("exact", 8, 1), ("compressed", 5, 1)]
 )

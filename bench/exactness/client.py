@@ -21,13 +21,14 @@ class Ask:
         prompt: token ids.
         tokens: how many to generate.
         temperature: 0 is greedy.
-        mode: eviction mode of its own, or the server's.
+        mode, budget: its own, or the server's.
     """
 
     prompt: list[int]
     tokens: int
     temperature: float = 0.0
     mode: str | None = None
+    budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,10 @@ def send(server: Endpoint, ask: Ask) -> Answer:
         "temperature": ask.temperature,
         "ignore_eos": True,
     }
-    if ask.mode is not None:
-        params["custom_params"] = {"kv_policy": {"eviction_mode": ask.mode}}
+    own = {"eviction_mode": ask.mode, "budget": ask.budget}
+    own = {name: value for name, value in own.items() if value is not None}
+    if own:
+        params["custom_params"] = {"kv_policy": own}
     body = server.generate(
         input_ids=ask.prompt, sampling_params=params, rid=rid, return_logprob=True
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .client import Answer, Ask, send, send_all
 from .judge import Judge, Recorded, Verdict
 from .questions import Questions
 from .results import Result, need
+from .servers import BUDGET
 
 TOKENS, TOGETHER = 250, 8
 MODES = ("per-head", "per-layer-per-head", "per-head", "union")
@@ -45,6 +46,26 @@ class Limits:
         return cls(1e-4, 1e-5, 1e-4, 0.05) if dtype == "float32" else cls(0.03, 1e-2, 0.25, 0.4)
 
 
+@dataclass(frozen=True)
+class References:
+    """What other servers have answered to the requests that are sent alone.
+
+    Attributes:
+        floors: stock SGLang; what the dtype costs.
+        untraced: a server that evicts alike and records nothing, to the first of them.
+    """
+
+    floors: list[Answer]
+    untraced: Answer
+
+    @classmethod
+    def ask(cls, stock: Endpoint, huge: Endpoint, questions: Questions) -> References:
+        asks = alone(questions)
+        huge.flush_cache()
+        untraced = send(huge, replace(asks[0], budget=BUDGET))
+        return cls([send(stock, ask) for ask in asks], untraced)
+
+
 def alone(questions: Questions) -> list[Ask]:
     return [Ask(questions(number), TOKENS, float(number % 2)) for number in range(2)]
 
@@ -60,7 +81,7 @@ def together(questions: Questions) -> list[Ask]:
 def check(
     server: Endpoint,
     trace: Path,
-    floors: Sequence[Answer],
+    references: References | None,
     judge: Judge,
     questions: Questions,
     page_size: int,
@@ -70,8 +91,9 @@ def check(
 
     Args:
         trace: where the server writes its rounds.
-        floors: outputs of stock SGLang, to see what the dtype costs.
+        references: None where they could not be had.
     """
+    server.flush_cache()
     answers = [send(server, ask) for ask in alone(questions)]
     answers += send_all(server, together(questions))
     verdicts = [
@@ -82,9 +104,23 @@ def check(
         )
         for answer in answers
     ]
-    floor = stated([judge.without_eviction(answer) for answer in floors])
+    if references is None:
+        return Result(goals(verdicts, limits), figures(verdicts))
+    floor = stated([judge.without_eviction(answer) for answer in references.floors])
     found = goals(verdicts, limits, f"; stock SGLang's own {floor['mean']:.2e}")
+    found.append(same_untraced(answers[0], references.untraced))
     return Result(found, {**figures(verdicts), "floor": floor})
+
+
+def same_untraced(traced: Answer, untraced: Answer) -> Goal:
+    """Writing a trace makes the server wait, where it would otherwise run ahead."""
+    pairs = list(zip(traced.logprobs, untraced.logprobs, strict=True))
+    alike = sum(one == other for one, other in pairs)
+    return need(
+        "a server without a trace gives the same, bit for bit",
+        f"{alike} of {len(pairs)} log-probabilities, {traced.rounds} and {untraced.rounds} rounds",
+        traced.ids == untraced.ids and alike == len(pairs) and traced.rounds == untraced.rounds,
+    )
 
 
 def goals(verdicts: Sequence[Verdict], limits: Limits, note: str = "") -> list[Goal]:

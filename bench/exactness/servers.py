@@ -21,6 +21,8 @@ STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
+# Requests may say their mode and budget.
+PER_REQUEST = {"SGLANG_KV_POLICY_PER_REQUEST": "1"}
 _COMMON = [
     *("--max-total-tokens", str(POOL), "--max-running-requests", "32"),
     *("--decode-log-interval", "10", "--grammar-backend", "none"),
@@ -57,12 +59,12 @@ def arms(page_size: int, given: argparse.Namespace, gpu: bool, folder: Path) -> 
             **STRICT,
             "SGLANG_KV_POLICY_TRACE": str(trace(folder, name(kind))),
             "SGLANG_KV_POLICY_TRACE_ROWS": "1",
-            "SGLANG_KV_POLICY_PER_REQUEST": "1",
+            **PER_REQUEST,
         }
 
     made = [
         Arm(name(STOCK), common, STOCK_ENVIRONMENT),
-        Arm(name(HUGE), [*common, *_policy(given, NEVER)]),
+        Arm(name(HUGE), [*common, *_policy(given, NEVER)], PER_REQUEST),
         Arm(name(POLICY), evicting, traced(POLICY)),
     ]
     if gpu:
