@@ -116,8 +116,8 @@ def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[St
         serving += ["--", *servers]
     slow = 6 if tiny else 1
     return [
-        [Step("kernel tests", tests, 150 * slow), Step("exact", exact, 150 * slow)],
-        [Step("kernels", kernels, 90 * slow)],
+        [Step("kernel tests", tests, 180 * slow), Step("exact", exact, 180 * slow)],
+        [Step("kernels", kernels, 80 * slow)],
         [Step("serving", serving, 330 * slow)],
     ]
 

@@ -20,7 +20,7 @@ from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.select import MODES
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.parts import Geometry, Parts
-from sglang_tri.rounds import Due, RequestState
+from sglang_tri.rounds import Due, RequestState, Round
 from sglang_tri.runtime import Runtime
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 2, 64
@@ -31,7 +31,7 @@ SETTINGS = KvPolicyConfig(
 
 
 class Engine:
-    """A pool, a slot table and a runtime; requests' slots lie anywhere."""
+    """A pool, a slot table, a runtime and its observer; requests' slots lie anywhere."""
 
     def __init__(
         self,
@@ -67,8 +67,14 @@ class Engine:
             page_size,
             queries,
             None if workspace is None else Workspace(workspace, device),
-            lambda planned, packed: self.traced.append(packed.cpu().clone()),
+            self,
         )
+
+    def before(self, planned: Round) -> None:
+        pass
+
+    def after(self, planned: Round, packed: torch.Tensor) -> None:
+        self.traced.append(packed.cpu().clone())
 
     def run(self, prompts: list[int]) -> torch.Tensor:
         """A first round of requests that are due at once; returns what is free afterwards.
@@ -192,12 +198,12 @@ def test_no_kernel_is_compiled_after_the_warm_up(
         small = Parts.smallest(
             Geometry(LAYERS, 4, HEADS, settings.eviction_mode == MODES[1], 64, 40)
         )
-        for size in (None, small):
-            engine.runtime.workspace = Workspace(size or 1 << 20, on_triton)
-            for case in (settings, replace(settings, budget=40, interval=24, normalize=False)):
-                engine.settings = case
-                engine.run([3])
-                engine.run([1, 2, 5, 9])
+        other = replace(settings, budget=40, interval=24, normalize=False)
+        for size, case in ((1 << 20, settings), (small, other)):
+            engine.runtime.workspace = Workspace(size, on_triton)
+            engine.settings = case
+            engine.run([3])
+            engine.run([1, 9])
     assert seen == warmed
 
 
