@@ -59,10 +59,9 @@ def _plan(runtime: Runtime, settings: KvPolicyConfig) -> Round:
     page_size = runtime.page_size
     page = torch.arange(page_size, dtype=torch.int32, device=runtime.cache.device)
     region = Region(0, 0, page_size, 2 * page_size, 0, 0)
-    due = [
-        Due(RequestState("", replace(settings, recent=0), Lookup((settings, None))), region, 0)
-        for _ in range(_REQUESTS)
-    ]
+    # One page holds fewer than the most recent tokens that continuation needs.
+    state = RequestState("", replace(settings, recent=0, reuse="prompt"), Lookup(None))
+    due = [Due(state, region, 0) for _ in range(_REQUESTS)]
     planned, freed = planning.plan(due, [0] * _REQUESTS, page.repeat(1, 2), page_size)
     torch.cat(freed).long()
     return planned

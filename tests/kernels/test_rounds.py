@@ -223,12 +223,13 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_no_operation_is_loaded_after_the_warm_up(page_size: int) -> None:
+@pytest.mark.parametrize("settings", [SETTINGS, KvPolicyConfig(policy="triattention")])
+def test_no_operation_is_loaded_after_the_warm_up(page_size: int, settings: KvPolicyConfig) -> None:
     """Planning, the round, and positions behind it do nothing on a device for the first time."""
     engine = Engine(torch.device("cpu"), page_size)
     engine.runtime._observer = None  # No server has one, unless it writes a trace.
     with Operations() as warmed:
-        warmup.run(engine.runtime, [SETTINGS])
+        warmup.run(engine.runtime, [settings])
     assert not engine.runtime.deltas.any()
     rows, lengths = torch.arange(3), torch.tensor([4, 1, 2])
     with Operations() as used:
