@@ -11,15 +11,16 @@ turns       a second turn goes on from the compressed first one, and is as exact
             without CUDA graphs in prefill
 pool        after 200 short requests, some of them aborted, every slot is free or cached
 rows        the rows of K and V are, bit for bit, those that the trace says were moved
+graphs      on a GPU, decode steps are replayed from CUDA graphs
 
-Further arguments for all servers stand after `--`. Exit status 1 if a part fails.
+Further arguments for all servers stand after `--`. Exit status 1 if a part fails, or if a signal or
+`--limit` ends the check before it is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 
+from bench.cutoff import Clock, CutOff, cut_off, seconds_to_end
 from bench.exactness import identical, outputs, pool, rows, turns
 from bench.exactness.judge import Judge
 from bench.exactness.outputs import Limits, References
@@ -50,12 +52,18 @@ from bench.exactness.servers import (
     describe,
     trace,
 )
+from bench.machine import look
 from bench.reference_model import FOLDER
+from bench.server import Server
 from sglang_tri import stats
 
 # A CPU is busy with two; on a GPU those of the next page size start meanwhile.
-SERVERS_AT_ONCE = {True: 8, False: 2}
+FEWEST_AT_ONCE, MOST_AT_ONCE = 2, 8
+# Of a GPU's memory, for one server; with its weights and graphs it takes about half of it.
+SERVER_BYTES = 6 << 30
 WITHOUT_GRAPHS = "turns, no prefill graphs"
+# Of decode steps.
+LEAST_IN_GRAPHS = 0.9
 
 
 class Check:
@@ -99,14 +107,20 @@ class Check:
             for page in self.given.page_size
             for arm in arms(page, self.given, self.gpu, self.folder)
         ]
-        at_once = SERVERS_AT_ONCE[self.gpu]
+        seen = look()
+        self.about["machine"] = seen.machine
+        at_once = max(FEWEST_AT_ONCE, min(MOST_AT_ONCE, seen.free // SERVER_BYTES))
         fleet = Fleet(made, self.given.model_path, self.folder, at_once)
         try:
-            self.about["machine"] = _machine()
-            for page_size in self.given.page_size:
-                self._page(fleet, page_size)
-        finally:
-            fleet.stop()
+            with cut_off(Clock(self.given.limit)):
+                try:
+                    for page_size in self.given.page_size:
+                        self._page(fleet, page_size)
+                finally:
+                    fleet.stop()
+        except CutOff as error:
+            cut = Result([need("the check runs to its end", str(error), False)])
+            self._add("cut off", 0, cut, 0.0)
         self._write(finished=True)
         print(f"\n{show(self.parts)}\n\n{show_servers(self.about['servers'])}\n{self.given.json}")
         return 1 if any(part.ok is False for part in self.parts) else 0
@@ -125,26 +139,40 @@ class Check:
         self._part("identical", page_size, compare)
         self._done(fleet, [stock, huge])
         recorded = trace(self.folder, policy)
-        rest = (self.judge, self.questions, page_size, self.limits)
-        self._part(
-            "outputs",
-            page_size,
-            lambda: outputs.check(fleet.get(policy), recorded, references, *rest),
-        )
-        self._part("turns", page_size, lambda: turns.check(fleet.get(policy), recorded, *rest))
+
+        def judged() -> Result:
+            server = fleet.get(policy)
+            return outputs.check(server, recorded, references, *self._rest(server))
+
+        self._part("outputs", page_size, judged)
+        self._part("turns", page_size, lambda: self._turns(fleet.get(policy), recorded))
         self._part("pool", page_size, lambda: pool.check(fleet.get(policy), self.questions))
         self._part("rows", page_size, lambda: rows.check(recorded))
+        self._part("graphs", page_size, lambda: self._graphs(fleet.get(policy)))
         self._done(fleet, [policy])
         self._part(WITHOUT_GRAPHS, page_size, partial(self._without_graphs, fleet, page_size))
+
+    def _rest(self, server: Server) -> tuple[Judge, Questions, int, Limits]:
+        """What outputs are judged by; some attention backends choose the page size themselves."""
+        page_size = int(server.internal_state()["page_size"])
+        return self.judge, self.questions, page_size, self.limits
+
+    def _turns(self, server: Server, recorded: Path) -> Result:
+        return turns.check(server, recorded, *self._rest(server))
+
+    def _graphs(self, server: Server) -> Result:
+        share = describe(server)["graph_share"]["Decode"]
+        asked = self.gpu and "--disable-cuda-graph" not in self.given.server_arguments
+        met = share is not None and share >= LEAST_IN_GRAPHS if asked else None
+        text = f"at least {LEAST_IN_GRAPHS:.0%} of decode steps are replayed from graphs"
+        return Result([need(text, f"{share}", met)])
 
     def _without_graphs(self, fleet: Fleet, page_size: int) -> Result:
         if not self.gpu:
             return Result([need("prefill has no CUDA graphs on a CPU", "not run", None)])
         name = arm_name(NO_PREFILL_GRAPHS, page_size)
         recorded = trace(self.folder, name)
-        found = turns.check(
-            fleet.get(name), recorded, self.judge, self.questions, page_size, self.limits
-        )
+        found = self._turns(fleet.get(name), recorded)
         moved = rows.check(recorded)
         self._done(fleet, [name])
         return Result([*found.goals, *moved.goals], {**found.figures, "moved": moved.figures})
@@ -168,7 +196,9 @@ class Check:
             result = check()
         except Exception as error:
             result = Result([need("it runs to its end", _said(error), False)])
-        seconds = time.monotonic() - began
+        self._add(name, page_size, result, time.monotonic() - began)
+
+    def _add(self, name: str, page_size: int, result: Result, seconds: float) -> None:
         part = Part(name, page_size, result.goals, result.figures, seconds)
         self.parts.append(part)
         print(f"{name}, page size {page_size}: {part.verdict}", *part.goals, sep="\n  ", flush=True)
@@ -182,13 +212,6 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[-2000:]
 
 
-def _machine() -> str:
-    """`bench.machine`, from a process of its own: it touches the GPU."""
-    code = "from bench.machine import machine; print(machine())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -199,6 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, default=Path("results/exact.json"), help="the figures")
     parser.add_argument("--model-path", type=Path, default=FOLDER, help="default: reference model")
     parser.add_argument("--stats", type=Path, help="query statistics of that model")
+    parser.add_argument(
+        "--limit", type=seconds_to_end, metavar="SECONDS", help="end by then, with what is known"
+    )
     parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")
     return parser
 

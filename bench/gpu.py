@@ -2,11 +2,11 @@
 
     python -m bench.gpu
 
-Runs the kernel tests, `bench.exact`, `bench.kernels` and `bench.serving --preset quick`; what takes
-times runs alone. A step that fails, or takes too long, does not stop the next one. Into
-`results/<card>/`: each step's log and JSON, and summary.json. Exit status 1 if a step failed. What
-follows `--` goes to all servers. `--device cpu` tries it out with tiny sizes, whose times mean
-nothing.
+Runs the kernel tests, `bench.exact` (as SGLang would serve, and in float32), `bench.kernels` and
+`bench.serving --preset quick`; what is timed runs alone. A step that fails, or takes too long, does
+not stop the next one. Into `results/<card>/`: each step's log and JSON, and summary.json. Exit
+status 1 if a step failed. What follows `--` goes to all servers, but those in float32. `--device
+cpu` tries it out with tiny sizes, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
+from bench.cutoff import Clock, CutOff, cut_off
+from bench.machine import look
 from bench.table import table
 
 LIMIT_S = 600.0
-GRACE_S = 30.0
+# From the request to end until it is forced: servers are stopped, and what is known is written.
+GRACE_S = 25.0
 # Each worker compiles on a core, and keeps a context on the card.
 MOST_WORKERS = 8
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,19 @@ class Step:
 
     Attributes:
         arguments: of Python.
-        limit_s: seconds that it may take.
+        limit_s: seconds that it may take, the end included.
+        ends_itself: whether it takes `--limit`, behind the module's name.
     """
 
     name: str
     arguments: list[str]
     limit_s: float
+    ends_itself: bool = False
+
+    def command(self, limit_s: float) -> list[str]:
+        """With `limit_s` seconds left for it."""
+        more = ["--limit", f"{max(1.0, limit_s):.0f}"] if self.ends_itself else []
+        return [*self.arguments[:2], *more, *self.arguments[2:]]
 
 
 @dataclass(frozen=True)
@@ -62,25 +75,63 @@ class Outcome:
         return "ok" if self.status == 0 else f"FAILED ({self.status})"
 
 
+class Running:
+    """A step that has begun; its output goes into a log in `folder`."""
+
+    def __init__(self, step: Step, folder: Path, left_s: float) -> None:
+        self.step = step
+        self._began = time.monotonic()
+        self._end = self._began + min(step.limit_s, left_s) - GRACE_S
+        command = step.command(self._end - self._began)
+        self.shown = " ".join(["python", *command])
+        print(f"{step.name}: {self.shown}", flush=True)
+        with (folder / f"{step.name.replace(' ', '-')}.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._status: int | None = None
+        self._seconds: float | None = None
+
+    def over(self) -> bool:
+        """Whether it has ended, or its time has."""
+        status = self.process.poll()
+        if status is None and time.monotonic() < self._end:
+            return False
+        if self._seconds is None:
+            self._status, self._seconds = status, time.monotonic() - self._began
+        return True
+
+    def outcome(self) -> Outcome:
+        return Outcome(self.step.name, self.shown, self._status, self._seconds or 0.0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    clock = Clock()
     arguments = _parser().parse_args(argv)
-    card = _card(arguments.device)
-    if card is None:
+    card = "cpu" if arguments.device == "cpu" else look().card
+    if not card:
         print("There is no GPU here: --device cpu tries this out.", file=sys.stderr)
         return 2
     folder: Path = arguments.out or Path("results") / re.sub(r"[^a-z0-9]+", "-", card.lower())
     folder.mkdir(parents=True, exist_ok=True)
     plan = steps(folder, arguments.device == "cpu", arguments.server_arguments)
     wanted = arguments.steps or [step.name for group in plan for step in group]
-    end = time.monotonic() + arguments.limit
     outcomes: list[Outcome] = []
-    for group in plan:
-        chosen = [step for step in group if step.name in wanted]
-        with ThreadPoolExecutor(max(1, len(chosen))) as pool:
-            outcomes += pool.map(lambda step: _run(step, folder, end), chosen)
-        # What was found stays if a later step is cut off.
-        found = {"card": card, "steps": [asdict(each) for each in outcomes]}
-        (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        with cut_off(clock):
+            for group in plan:
+                chosen = [step for step in group if step.name in wanted]
+                left_s = arguments.limit - clock.seconds
+                outcomes += _run(chosen, folder, left_s)
+                # What was found stays if a later step is cut off.
+                found = {"card": card, "steps": [asdict(each) for each in outcomes]}
+                (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    except CutOff as error:
+        print(error)
+        return 1
     rows = [[each.name, each.verdict, f"{each.seconds:.0f} s"] for each in outcomes]
     print(table([["step", "", "time"], *rows]), f"written to {folder}", sep="\n")
     return int(any(each.status != 0 for each in outcomes))
@@ -99,6 +150,9 @@ def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[St
     # FlashInfer would compile attention kernels first, for minutes.
     tests += ["--ignore", "tests/kernels/test_flashinfer.py"]
     exact = ["-m", "bench.exact", "--json", str(folder / "exact.json")]
+    # There sets are the simulator's own, also without a trace. Not every backend has float32.
+    single = ["-m", "bench.exact", "--json", str(folder / "exact-float32.json")]
+    single += ["--dtype", "float32", "--page-size", "1", "--attention-backend", "triton"]
     kernels = ["-m", "bench.kernels", "--models", "qwen3-8b", "--out", str(folder / "kernels")]
     serving = ["-m", "bench.serving", "--output", str(folder / "serving.json")]
     if tiny:
@@ -110,57 +164,58 @@ def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[St
         serving += ["--arms", "production", "triattention", "--repeats", "1"]
     else:
         kernels += ["--candidates", "2176", "--requests", "8", "1", "64"]
-        serving += ["--preset", "quick", "--limit", "280"]
+        serving += ["--preset", "quick"]
     if servers:
         exact += ["--", *servers]
         serving += ["--", *servers]
     slow = 6 if tiny else 1
+    right = [Step("kernel tests", tests, 190 * slow), Step("exact", exact, 190 * slow, True)]
+    if not tiny:
+        right.append(Step("exact float32", single, 190, True))
     return [
-        [Step("kernel tests", tests, 180 * slow), Step("exact", exact, 180 * slow)],
-        [Step("kernels", kernels, 80 * slow)],
-        [Step("serving", serving, 330 * slow)],
+        right,
+        [Step("kernels", kernels, 95 * slow)],
+        [Step("serving", serving, 310 * slow, True)],
     ]
 
 
-def _run(step: Step, folder: Path, end: float) -> Outcome:
-    """Run it, at most until `end`, in a group of processes that ends with it."""
-    command = [sys.executable, *step.arguments]
-    began = time.monotonic()
-    limit_s = min(step.limit_s, end - began)
-    shown = " ".join(["python", *step.arguments])
-    print(f"{step.name}: {shown}", flush=True)
-    with (folder / f"{step.name.replace(' ', '-')}.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(max(0.0, limit_s))
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            _stop(process)
-    return Outcome(step.name, shown, status, time.monotonic() - began)
+def _run(chosen: Sequence[Step], folder: Path, left_s: float) -> list[Outcome]:
+    """All at once, in `left_s` seconds at the most."""
+    running: list[Running] = []
+    with _ending(running):
+        for step in chosen:
+            running.append(Running(step, folder, left_s))
+        while sum(not each.over() for each in running):
+            time.sleep(_POLL_S)
+    return [each.outcome() for each in running]
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """First politely: servers are stopped, and what is known is written."""
-    for sign in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(GRACE_S)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+@contextmanager
+def _ending(running: Sequence[Running]) -> Iterator[None]:
+    """Behind this block nothing of them is left, neither processes nor their servers."""
+    try:
+        yield
+    finally:
+        families = [_family(each.process) for each in running]
+        for each in running:
+            with suppress(ProcessLookupError):
+                os.killpg(each.process.pid, signal.SIGINT)
+        everyone = [process for family in families for process in family]
+        _, alive = psutil.wait_procs(everyone, GRACE_S)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for each in running:
+            each.process.wait()
 
 
-def _card(device: str) -> str | None:
-    """The GPU's name, asked for in a process of its own: the steps are to have all its memory."""
-    if device == "cpu":
-        return "cpu"
-    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    return found.stdout.strip() or None
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """A process and all below it, in whatever session."""
+    try:
+        parent = psutil.Process(process.pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _parser() -> argparse.ArgumentParser:

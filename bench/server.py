@@ -90,6 +90,7 @@ class Server(Endpoint):
         self.log = log
         self._on_wait = on_wait
         self._ready = False
+        self._deadline = time.monotonic() + READY_TIMEOUT_S
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         command += ["--host", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1], *arguments]
         cache = {"SGLANG_KV_POLICY_CACHE": str(log.parent / "statistics")}
@@ -122,13 +123,12 @@ class Server(Endpoint):
         """Block until the server answers.
 
         Raises:
-            ServerFailed: it ended, or was not ready in time.
+            ServerFailed: it ended, or was not ready in time; or that was so before.
         """
-        deadline = time.monotonic() + READY_TIMEOUT_S
         while not self._ready and not self._answers():
             if self._process.poll() is not None:
                 raise ServerFailed(f"the server ended while it started:\n{self.log_tail()}")
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 raise ServerFailed(f"the server was not ready in time:\n{self.log_tail()}")
             self._on_wait()
             time.sleep(0.5)

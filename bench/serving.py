@@ -38,9 +38,9 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
+from bench.cutoff import Clock, Interrupted, TimeUp, cut_off
 from bench.load.cells import group
 from bench.load.client import Client, LoadFailed
-from bench.load.cutoff import Clock, Interrupted, TimeUp, cut_off
 from bench.load.goals import judge
 from bench.load.options import parse
 from bench.load.plan import Planned, all_measured, left_out

@@ -36,5 +36,5 @@ def traits(device: torch.device) -> Traits:
     if torch.version.hip is not None:
         return Traits(warp=64)
     capability = torch.cuda.get_device_capability(device)
-    # NVIDIA's GPUs before 8.9 have no instruction for 8-bit floats; only 10.x has tensor memory.
+    # Before 8.9 there is no instruction for 8-bit floats; GPUs of 10.x have tensor memory.
     return Traits(fp8=capability >= (8, 9), tensor_memory=capability[0] == 10)

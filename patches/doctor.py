@@ -58,7 +58,7 @@ def _check(settings: KvPolicyConfig, model_path: str | None) -> list[str]:
         launch.read_sources(settings)
         if model_path is not None:
             launch.check(_server_args(model_path), settings)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # SGLang also raises AssertionError and others.
         problems.append(str(error))
     return problems
 
@@ -69,7 +69,7 @@ def _attention(model_path: str | None) -> str:
         return "depends on the model: give --model-path"
     try:
         prefill, decode = adapter.attention_backends(_server_args(model_path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # SGLang also raises AssertionError and others.
         return f"not known: {error}"
     return f"prefill {prefill}, decode {decode}"
 

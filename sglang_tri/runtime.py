@@ -239,7 +239,7 @@ class Runtime:
 
         Args:
             rows: int64 [requests], rows of the request-to-slot table.
-            lengths: int64 [requests], tokens of each request; None where each has one.
+            lengths: int32 [requests], tokens of each request; None where each has one.
             tokens: how many these are together.
 
         Returns:

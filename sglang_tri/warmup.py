@@ -18,7 +18,7 @@ from sglang_tri.policies import POLICIES
 from sglang_tri.rounds import Due, Region, RequestState, Round
 from sglang_tri.runtime import Runtime
 
-# That are planned for: tensors of one alone would not be joined. The first stands for all.
+# How many are planned: the tensors of one alone would not be joined. One of them is executed.
 _REQUESTS = 2
 
 
@@ -72,7 +72,7 @@ def _shift(runtime: Runtime, planned: Round) -> None:
     rows = planned.rows
     runtime.deltas[rows] = planned.deltas
     lengths = planned.logical - planned.deltas
-    for tokens in (None, lengths + 1):
+    for tokens in (None, (lengths + 1).int()):
         offsets = runtime.offsets(rows, tokens, _REQUESTS)
         positions = lengths + offsets
         positions += offsets

@@ -27,6 +27,7 @@ from bench.reference_model.tasks import example
 from bench.reference_model.tokenizer import STOP_THINKING, prompt_ids
 from bench.simulator.oracle import Oracle
 from sglang_tri import stats
+from tests.interpreted import ON_GPU
 
 RECENT = 16
 FLOAT32 = Limits.of("float32")
@@ -36,9 +37,10 @@ def test_a_run_on_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "exact.json"
-    monkeypatch.setattr(
-        sys, "argv", ["exact", "--page-size", "16", "--dtype", "float32", "--json", str(figures)]
-    )
+    arguments = ["exact", "--page-size", "16", "--dtype", "float32", "--json", str(figures)]
+    # Not every backend of a GPU has float32.
+    arguments += ["--attention-backend", "triton"] if ON_GPU else []
+    monkeypatch.setattr(sys, "argv", arguments)
     status = exact.main()
     said = capsys.readouterr().out
     assert status == 0, said
@@ -46,10 +48,14 @@ def test_a_run_on_this_machine(
     assert found["ok"]
     parts = {part["name"]: part for part in found["parts"]}
     judged = [parts[name]["figures"] for name in ("outputs", "turns")]
-    assert list(parts) == ["identical", "outputs", "turns", "pool", "rows", exact.WITHOUT_GRAPHS]
+    assert list(parts) == [
+        *("identical", "outputs", "turns", "pool", "rows", "graphs"),
+        exact.WITHOUT_GRAPHS,
+    ]
     for figure in judged:
         assert figure["control"]["mean"] > 0.1
         assert figure["recorded"]["mean"] < 1e-5
+    assert parts["outputs"]["figures"]["untraced_batch"]["p50"] < 1e-5
     rounds = sum(each["rounds"] for figure in judged for each in figure["of_each"])
     assert parts["rows"]["figures"]["rounds"] > rounds, "those of the short requests, too"
     assert found["machine"]
@@ -134,7 +140,7 @@ def test_an_error_of_a_hundredth(judge: Judge, served: tuple[Answer, Recorded]) 
     answer, recorded = served
     wrong = replace(answer, logprobs=answer.logprobs - 0.01)
     assert missed(judged(judge, wrong, recorded)) == [
-        "the latter are at most 0.0001 nats in the mean"
+        "errors with recorded sets are at most 0.0001 nats in the mean"
     ]
 
 

@@ -139,15 +139,23 @@ def test_score_goal(ms: float, met: bool) -> None:
     assert goals.goals(found[1:], 1000 * GB, True)[0].met is None
 
 
+@pytest.mark.parametrize(("ms", "met"), [(1.0, True), (2.0, True), (2.1, False)])
+def test_goal_of_two_buffers(ms: float, met: bool) -> None:
+    found = [result("score", 2.0), result("score, 2 buffers", ms)]
+    assert goals.goals(found, GB, True)[1].met is met
+    assert goals.goals(found, GB, False)[1].met is None
+    assert goals.goals(found[:1], GB, True)[1].met is None
+
+
 @pytest.mark.parametrize(("copy", "met"), [(27_600, True), (27_600 * 10**6, False)])
 def test_round_goal(copy: float, met: bool) -> None:
-    assert goals.goals([result("round", 1.28)], copy, True)[1].met is met
+    assert goals.goals([result("round", 1.28)], copy, True)[2].met is met
 
 
 @pytest.mark.parametrize(("torch_ms", "met"), [(10.0, True), (9.0, False)])
 def test_speedup_goal(torch_ms: float, met: bool) -> None:
     found = [result("round", 1.0), result("torch round", torch_ms)]
-    assert goals.goals(found, GB, True)[2].met is met
+    assert goals.goals(found, GB, True)[3].met is met
 
 
 def test_sets_of_slots() -> None:
@@ -194,7 +202,7 @@ def test_a_run_with_tiny_sizes(missing: list[str], tmp_path: Path) -> None:
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert not found["times_mean_something"]
     assert len(found["results"]) == 2 * 2 * 9
-    assert [goal["met"] for goal in found["goals"]] == [None] * 3
+    assert [goal["met"] for goal in found["goals"]] == [None] * 4
     if "matplotlib" in missing:
         assert "no roofline.png" in done.stdout
     else:

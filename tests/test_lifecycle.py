@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,11 +110,30 @@ def test_a_running_forward_pass_is_waited_for(
     assert steps == ["wait for forward"] * waits + ["plan", "free"]
 
 
-def test_attention_backends_that_read_before_graphs_are_sglang_s() -> None:
+@pytest.mark.parametrize(
+    ("module", "name", "inside"),
+    [
+        ("flashinfer_backend", "FlashInferAttnBackend", False),
+        ("flashattention_backend", "FlashAttentionBackend", False),
+        ("triton_backend", "TritonAttnBackend", False),
+        ("trtllm_mha_backend", "TRTLLMHAAttnBackend", True),
+    ],
+)
+def test_who_reads_the_slot_table_inside_a_decode_graph(
+    module: str, name: str, inside: bool
+) -> None:
+    """What SGLang records into the graph looks at nothing of the backend, or it builds a table."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
 
+    kind = getattr(importlib.import_module(f"sglang.srt.layers.attention.{module}"), name)
+    batch: Any = scheduler(forward_mode=ForwardMode.DECODE)
+    try:
+        found = kind.init_forward_metadata_in_graph(object.__new__(kind), batch)
+    except AttributeError:
+        found = "looks"
+    assert found == ("looks" if inside else None)
     assert set(adapter._READ_BEFORE_GRAPHS) < set(ATTENTION_BACKEND_CHOICES)
-    assert "trtllm_mha" in ATTENTION_BACKEND_CHOICES
 
 
 def test_scratch_is_reserved_before_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:

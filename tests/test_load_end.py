@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from bench.arms import Arm, running
+from bench.cutoff import CLOSING_S, Clock, Interrupted, TimeUp, cut_off
 from bench.load import report, sweep
 from bench.load.absent import stand_in
 from bench.load.arms import POLICY, PRODUCTION
-from bench.load.cutoff import CLOSING_S, Clock, Interrupted, TimeUp, cut_off
 from bench.load.plan import all_measured, left_out
 from bench.load.presets import PRESETS
 from bench.load.run import Run

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from bench.server import Endpoint
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -79,5 +82,13 @@ def send(server: Endpoint, ask: Ask) -> Answer:
 
 def send_all(server: Endpoint, asks: Sequence[Ask]) -> list[Answer]:
     """All at once, so that they share batches."""
-    with ThreadPoolExecutor(len(asks)) as pool:
-        return list(pool.map(lambda ask: send(server, ask), asks))
+    return at_once(lambda ask: send(server, ask), asks, len(asks))
+
+
+def at_once(call: Callable[[T], S], items: Sequence[T], threads: int) -> list[S]:
+    """What it gives for each item. If this is interrupted, it does not wait for what is running."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        return list(pool.map(call, items))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

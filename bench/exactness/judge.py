@@ -108,6 +108,13 @@ class Judge:
         full = self._oracle.replay(answer.ask.prompt, answer.ids, make_policy("none"))
         return np.abs(full.logprobs - answer.logprobs)
 
+    def with_own_sets(self, answer: Answer, page_size: int) -> np.ndarray:
+        """|difference| in nats with the sets that the simulator keeps, float64 [tokens]."""
+        talk = self.conversation(answer.ask.mode, page_size)
+        closes = self._closes(answer.ids)
+        own = talk.turn(answer.ask.prompt, answer.ids, 0, closes=closes)
+        return np.abs(own.logprobs - answer.logprobs)
+
     def verdict(self, talk: Conversation, answer: Answer, recorded: Recorded) -> Verdict:
         """The answer as the next turn of `talk`.
 

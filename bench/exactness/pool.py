@@ -10,7 +10,6 @@ import json
 import random
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import requests
 
 from bench.server import Server
 
+from .client import at_once
 from .questions import Questions
 from .results import Result, need
 
@@ -42,8 +42,7 @@ class Short:
 
 def check(server: Server, questions: Questions) -> Result:
     before = server.kv_policy()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        endings = list(pool.map(lambda short: run(server, short), mixture(questions)))
+    endings = at_once(lambda short: run(server, short), mixture(questions), AT_ONCE)
     load = idle(server)
     used, size = load["num_used_tokens"], load["max_total_num_tokens"]
     evicted = server.kv_policy()["requests_evicted"] - before["requests_evicted"]

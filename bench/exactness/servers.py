@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.arms import Arm
-from bench.server import STOCK_ENVIRONMENT, Server
+from bench.server import STOCK_ENVIRONMENT, Server, stop_all
 
 BUDGET, INTERVAL = 48, 24
 # A budget that no output reaches.
@@ -30,7 +30,7 @@ _COMMON = [
     *("--chunked-prefill-size", "1024"),
 ]
 # Several of them stand on one device, and each of them needs little.
-_ON_GPU = ["--mem-fraction-static", "0.5", "--cuda-graph-max-bs-decode", "32"]
+_ON_GPU = ["--mem-fraction-static", "0.9", "--cuda-graph-max-bs-decode", "32"]
 # A server that waits would take a core from one that works.
 _ON_CPU = ["--sleep-on-idle"]
 _GRAPH = r"^.*{} batch.*graph: (True|False)"
@@ -103,7 +103,6 @@ class Fleet:
         self._waiting = list(arms)
         self._model, self._folder, self._at_once = model, folder, at_once
         self._running: dict[str, Server] = {}
-        self._start()
 
     def get(self, name: str) -> Server:
         """The server once it is ready.
@@ -111,6 +110,7 @@ class Fleet:
         Raises:
             ServerFailed: it ended, or was not ready in time.
         """
+        self._start()
         server = self._running[name]
         server.wait_until_ready()
         return server
@@ -121,8 +121,7 @@ class Fleet:
 
     def done(self, names: Sequence[str]) -> None:
         """Stop these; others start in their place."""
-        for name in names:
-            self._running.pop(name).stop()
+        stop_all([self._running.pop(name) for name in names])
         self._start()
 
     def stop(self) -> None:

@@ -36,7 +36,8 @@ TORCH_REQUESTS = 4
 OFFSET_REQUESTS = 1
 BASELINE_REPEATS = 5
 # Operations that score, and the tiles of keys that they hold. The first is the product's.
-SCORES = {"score": BUFFERS, "score, 2 buffers": 2}
+TWO_BUFFERS = "score, 2 buffers"
+SCORES = {"score": BUFFERS, TWO_BUFFERS: 2}
 
 
 @dataclass(frozen=True)

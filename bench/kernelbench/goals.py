@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.goal import Goal
-from bench.kernelbench.cells import Result
+from bench.kernelbench.cells import TWO_BUFFERS, Result
 from bench.kernelbench.geometry import Cell
 
 SCORE_PERCENT = 80.0
@@ -23,6 +23,7 @@ def goals(results: Sequence[Result], copy: float, meaningful: bool) -> list[Goal
     """
     return [
         _score_goal(results, copy, meaningful),
+        _buffers_goal(results, meaningful),
         _round_goal(results, copy, meaningful),
         _speedup_goal(results, meaningful),
     ]
@@ -68,6 +69,22 @@ def _score_goal(results: Sequence[Result], copy: float, meaningful: bool) -> Goa
     percent = worst.percent_of(copy)
     met = percent >= SCORE_PERCENT if meaningful else None
     return Goal(text, f"{percent:.1f}% at worst ({name(worst.cell)})", met, False)
+
+
+def _buffers_goal(results: Sequence[Result], meaningful: bool) -> Goal:
+    """Whether the other way to score should become the product's."""
+    text = f"{TWO_BUFFERS} is no slower than score"
+    double = {result.cell: result for result in results if result.operation == TWO_BUFFERS}
+    pairs = [
+        (speedup(double[result.cell], result), result.cell)
+        for result in results
+        if result.operation == "score" and result.cell in double
+    ]
+    if not pairs:
+        return Goal(text, "no cell", None, False)
+    factor, cell = min(pairs, key=lambda pair: pair[0])
+    met = factor >= 1 if meaningful else None
+    return Goal(text, f"{factor:.2f} times as fast at worst ({name(cell)})", met, False)
 
 
 def _round_goal(results: Sequence[Result], copy: float, meaningful: bool) -> Goal:

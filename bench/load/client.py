@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import TextIOBase
@@ -19,8 +20,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from bench.cutoff import CutOff
 from bench.load.absent import stand_in
-from bench.load.cutoff import CutOff
 from bench.load.workloads import Workload
 
 PERCENTILES = (50, 95, 99)
@@ -87,7 +88,7 @@ class Client:
         self._process.shutdown(cancel_futures=True)
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, BrokenProcessPool):
             os.kill(self._pid.result(), signal.SIGTERM)
 
     def run(self, url: str, workload: Workload) -> Load:

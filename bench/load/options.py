@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bench.cutoff import seconds_to_end
 from bench.load.arms import CLIPPED, POLICY, PRODUCTION, clip, is_arm
-from bench.load.cutoff import CLOSING_S
 from bench.load.presets import PRESETS, Preset
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
@@ -129,7 +129,10 @@ def _parser(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--outputs", type=_positive, nargs="+", help="output tokens")
     parser.add_argument("--repeats", type=_positive, default=2, help="runs of each workload")
     parser.add_argument(
-        "--limit", type=_limit, metavar="SECONDS", help="end by then, with what was measured"
+        "--limit",
+        type=seconds_to_end,
+        metavar="SECONDS",
+        help="end by then, with what was measured",
     )
     parser.add_argument("--model-path", type=Path, help="folder; default: the preset's own")
     parser.add_argument("--stats", default="auto", help="query statistics of that model")
@@ -146,18 +149,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
     return number
-
-
-def _limit(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not CLOSING_S < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a number of more than {CLOSING_S:g} seconds, which the end takes"
-        )
-    return seconds
 
 
 def _arm(name: str) -> str:

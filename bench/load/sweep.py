@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from bench.arms import Arm, running
+from bench.cutoff import Clock
 from bench.load.arms import CLIPPED, CONSTRAINED, PRODUCTION, make_arms
 from bench.load.client import Client
-from bench.load.cutoff import Clock
 from bench.load.plan import Planned
 from bench.load.presets import RICH, Pool, Preset
 from bench.load.run import Run, measure, slots_of

@@ -232,11 +232,12 @@ def test_no_operation_is_loaded_after_the_warm_up(page_size: int, settings: KvPo
         warmup.run(engine.runtime, [settings])
     assert not engine.runtime.deltas.any()
     rows, lengths = torch.arange(3), torch.tensor([4, 1, 2])
+    ones = torch.ones(3, dtype=torch.int32)
     with Operations() as used:
         engine.run([7, 0, 16])
         engine.runtime.start_prefill(rows, [None] * 3)
         positions = lengths + engine.runtime.offsets(rows, None, 3)
-        positions += engine.runtime.offsets(rows, lengths - lengths + 1, 3)
+        positions += engine.runtime.offsets(rows, ones, 3)
     assert used.seen <= warmed.seen
 
 

@@ -294,7 +294,8 @@ def test_offsets_beyond_two_to_the_31(device: torch.device, buffers: int, part: 
         layer[place[0], place[1], 0] = key[token].to(device)
     queries = make_queries(1, 1, 64, 64, False)
     on_device = on(queries, device)
-    found = score(layout.buffers([layer]), pages, on_device, torch.tensor([9], device=device))
+    position = torch.tensor([9], device=device)
+    found = score(layout.buffers([layer]), pages, on_device, position, buffers=buffers)
     simple = Paged(1, [0], [2], "NHD", 0)
     dense = torch.zeros(simple.buffer(1, 64), dtype=torch.bfloat16)
     for token, place in enumerate(simple.places(0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import signal
 import time
@@ -74,3 +75,16 @@ def cut_off(clock: Clock) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def seconds_to_end(text: str) -> float:
+    """What `--limit` of a command line says."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not CLOSING_S < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a number of more than {CLOSING_S:g} seconds, which the end takes"
+        )
+    return seconds
