@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 
 from bench import exact
+from bench.cutoff import CLOSING_S, Clock, TimeUp, cut_off
 from bench.exactness import identical, outputs, pool, rows, turns
-from bench.exactness.client import Answer, Ask
+from bench.exactness.client import Answer, Ask, at_once
 from bench.exactness.judge import Judge, Recorded
 from bench.exactness.outputs import Limits
 from bench.exactness.questions import DEPTHS, Questions
@@ -62,6 +65,15 @@ def test_a_run_on_this_machine(
     assert found["servers"]["policy-16"]["page_size"] == 16
     assert found["servers"]["policy-16"]["attention_backend"]
     assert found["servers"]["policy-16"]["graph_share"]["Decode"] is not None
+
+
+def test_requests_that_hang_do_not_hold_up_the_end() -> None:
+    answered = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(TimeUp), cut_off(Clock(CLOSING_S + 0.5)):
+        at_once(lambda _: answered.wait(60), [1, 2], 2)
+    answered.set()
+    assert time.monotonic() - began < 30
 
 
 def missed(result: Result) -> list[str]:
