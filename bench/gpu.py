@@ -2,11 +2,11 @@
 
     python -m bench.gpu
 
-Runs the kernel tests, `bench.exact` (as SGLang would serve, and in float32), `bench.kernels` and
-`bench.serving --preset quick`; what is timed runs alone. A step that fails, or takes too long, does
-not stop the next one. Into `results/<card>/`: each step's log and JSON, and summary.json. Exit
-status 1 if a step failed. What follows `--` goes to all servers, but those in float32. `--device
-cpu` tries it out with tiny sizes, whose times mean nothing.
+Runs the kernel tests, `bench.exact`, `bench.kernels` and `bench.serving --preset quick`; what is
+timed runs alone. A step that fails, or takes too long, does not stop the next one. Into
+`results/<card>/`: each step's log and JSON, and summary.json. Exit status 1 if a step failed. What
+follows `--` goes to all servers. `--device cpu` tries it out with tiny sizes, whose times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -150,9 +150,6 @@ def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[St
     # FlashInfer would compile attention kernels first, for minutes.
     tests += ["--ignore", "tests/kernels/test_flashinfer.py"]
     exact = ["-m", "bench.exact", "--json", str(folder / "exact.json")]
-    # There sets are the simulator's own, also without a trace. Not every backend has float32.
-    single = ["-m", "bench.exact", "--json", str(folder / "exact-float32.json")]
-    single += ["--dtype", "float32", "--page-size", "1", "--attention-backend", "triton"]
     kernels = ["-m", "bench.kernels", "--models", "qwen3-8b", "--out", str(folder / "kernels")]
     serving = ["-m", "bench.serving", "--output", str(folder / "serving.json")]
     if tiny:
@@ -169,11 +166,8 @@ def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[St
         exact += ["--", *servers]
         serving += ["--", *servers]
     slow = 6 if tiny else 1
-    right = [Step("kernel tests", tests, 190 * slow), Step("exact", exact, 190 * slow, True)]
-    if not tiny:
-        right.append(Step("exact float32", single, 190, True))
     return [
-        right,
+        [Step("kernel tests", tests, 190 * slow), Step("exact", exact, 190 * slow, True)],
         [Step("kernels", kernels, 95 * slow)],
         [Step("serving", serving, 310 * slow, True)],
     ]
