@@ -129,7 +129,7 @@ def _tiles(keys: PagedBuffers, columns: int, device: Traits, buffers: int) -> di
     # More would spill, or be loaded in pieces of 8 bytes.
     few = wide or (bytewise and device.warp == 32)
     if buffers == 1 or device.warp == 64:
-        # AMD's compiler keeps the next tile in registers meanwhile, whatever the stages.
+        # AMD's compiler keeps the next tile in registers meanwhile.
         return {"BLOCK": 32 if few else 64, "num_warps": 4, "num_stages": 3}
     if device.tensor_memory:
         # Products of 64 keys would be added up there, which takes 4 times as many instructions.
