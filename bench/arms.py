@@ -19,6 +19,14 @@ class Arm:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def triattention(stats: str | Path, budget: int, interval: int) -> list[str]:
+    """The policy's flags; `stats` is a file, or `auto`."""
+    return [
+        *("--kv-policy", "triattention", "--kv-stats", str(stats)),
+        *("--kv-budget", str(budget), "--kv-interval", str(interval)),
+    ]
+
+
 @contextmanager
 def running(
     arms: Sequence[Arm], model: Path, folder: Path, on_wait: Callable[[], object]

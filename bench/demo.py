@@ -25,6 +25,7 @@ import openai
 from openai.types.chat.chat_completion import Choice
 from tqdm import tqdm
 
+from bench.arms import triattention
 from bench.decode_log import DecodeLog
 from bench.reference_model import FOLDER
 from bench.reference_model.evaluate import HELD_OUT
@@ -39,8 +40,7 @@ HELD = BUDGET + INTERVAL + 8
 budget of their own."""
 LOG_STEPS = 1
 POLICY = [
-    *("--kv-policy", "triattention", "--kv-stats", str(FOLDER / "stats.safetensors")),
-    *("--kv-budget", str(BUDGET), "--kv-interval", str(INTERVAL)),
+    *triattention(FOLDER / "stats.safetensors", BUDGET, INTERVAL),
     # Of the three modes the one that costs this model the fewest answers.
     *("--kv-eviction-mode", "per-layer-per-head"),
 ]

@@ -25,8 +25,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,13 @@ from bench.exactness.servers import (
     arm_name,
     arms,
     describe,
+    graph_share,
     trace,
 )
-from bench.machine import look
+from bench.machine import look, versions
 from bench.reference_model import FOLDER
 from bench.server import Server
-from sglang_tri import stats
+from sglang_tri import __version__, stats
 
 # A CPU is busy with two; on a GPU those of the next page size start meanwhile.
 FEWEST_AT_ONCE, MOST_AT_ONCE = 2, 8
@@ -76,12 +77,13 @@ class Check:
     """
 
     def __init__(self, given: argparse.Namespace, gpu: bool, folder: Path) -> None:
+        self.clock = Clock(given.limit)
         self.given, self.gpu, self.folder = given, gpu, folder
         self.parts: list[Part] = []
         self.about: dict[str, Any] = {
             "machine": "",
             "arguments": sys.argv[1:],
-            "versions": {name: version(name) for name in ("sglang", "torch", "sglang-tri")},
+            "versions": {"sglang-tri": __version__, **versions()},
             "dtype": given.dtype,
             "budget": BUDGET,
             "interval": INTERVAL,
@@ -112,12 +114,9 @@ class Check:
         at_once = max(FEWEST_AT_ONCE, min(MOST_AT_ONCE, seen.free // SERVER_BYTES))
         fleet = Fleet(made, self.given.model_path, self.folder, at_once)
         try:
-            with cut_off(Clock(self.given.limit)):
-                try:
-                    for page_size in self.given.page_size:
-                        self._page(fleet, page_size)
-                finally:
-                    fleet.stop()
+            with cut_off(self.clock), closing(fleet):
+                for page_size in self.given.page_size:
+                    self._page(fleet, page_size)
         except CutOff as error:
             cut = Result([need("the check runs to its end", str(error), False)])
             self._add("cut off", 0, cut, 0.0)
@@ -161,7 +160,7 @@ class Check:
         return turns.check(server, recorded, *self._rest(server))
 
     def _graphs(self, server: Server) -> Result:
-        share = describe(server)["graph_share"]["Decode"]
+        share = graph_share(server, "Decode")
         asked = self.gpu and "--disable-cuda-graph" not in self.given.server_arguments
         met = share is not None and share >= LEAST_IN_GRAPHS if asked else None
         text = f"at least {LEAST_IN_GRAPHS:.0%} of decode steps are replayed from graphs"

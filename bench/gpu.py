@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.cutoff import Clock, CutOff, cut_off
+from bench.cutoff import Clock, CutOff, cut_off, seconds_to_end
 from bench.machine import look
 from bench.table import table
 
@@ -95,8 +95,8 @@ class Running:
         self._status: int | None = None
         self._seconds: float | None = None
 
-    def over(self) -> bool:
-        """Whether it has ended, or its time has."""
+    def poll(self) -> bool:
+        """Look whether it has ended, or its time has, and note when it did."""
         status = self.process.poll()
         if status is None and time.monotonic() < self._end:
             return False
@@ -179,7 +179,7 @@ def _run(chosen: Sequence[Step], folder: Path, left_s: float) -> list[Outcome]:
     with _ending(running):
         for step in chosen:
             running.append(Running(step, folder, left_s))
-        while sum(not each.over() for each in running):
+        while sum(not each.poll() for each in running):
             time.sleep(_POLL_S)
     return [each.outcome() for each in running]
 
@@ -223,7 +223,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, help="folder (default: results/<card>)")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT_S, help="seconds in all (default: %(default)s)"
+        "--limit",
+        type=seconds_to_end,
+        default=LIMIT_S,
+        metavar="SECONDS",
+        help="in all (default: %(default)s)",
     )
     parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")
     return parser

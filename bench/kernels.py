@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bench import pictures
+from bench.flags import positive
 from bench.kernelbench import plot
 from bench.kernelbench.cells import KeptSetsDiffer, Operations, Result, check
 from bench.kernelbench.geometry import INTERVAL, MODELS, RECENT, Cell
@@ -72,19 +73,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--requests",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="N",
         help=f"in one round (default: {_shown(REQUESTS)})",
     )
     parser.add_argument(
         "--candidates",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="N",
         help=f"of each request, of which {INTERVAL} are evicted (default: {_shown(CANDIDATES)})",
     )
-    parser.add_argument("--repeats", type=_positive, help=f"timed calls (default: {REPEATS})")
+    parser.add_argument("--repeats", type=positive, help=f"timed calls (default: {REPEATS})")
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: tiny sizes, no real times"
     )
@@ -101,13 +102,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _shown(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
 
 
 def _cells(arguments: argparse.Namespace, real: bool) -> list[Cell]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench.arms import triattention
 from bench.machine import machine
 from bench.planning import measure
 from bench.server import STOCK_ENVIRONMENT, Server
@@ -65,8 +66,7 @@ def compare(
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = arguments.model_path or make_model("qwen3", folder / "model")
-    policy = ["--kv-policy", "triattention", "--kv-stats", arguments.stats]
-    policy += ["--kv-budget", str(BUDGET), "--kv-interval", str(INTERVAL)]
+    policy = triattention(arguments.stats, BUDGET, INTERVAL)
     common = arguments.server_arguments
     bar = tqdm(total=2 * arguments.repeats * (SHORT_REPEATS + 1) + 4, desc="planning")
     planning = [measure(requests) for requests in (1, 8, 64, 256)]

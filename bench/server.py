@@ -23,6 +23,11 @@ STOP_TIMEOUT_S = 20.0
 PORTS = (20000, 32000)
 # Stock SGLang: of our plugins only the platform that makes it run without an accelerator.
 STOCK_ENVIRONMENT = {"SGLANG_PLUGINS": "sglang_tri_cpu"}
+# SGLang checks its pool after every step: used + free + cached slots must make the whole.
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
 
 
 class ServerFailed(RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform as host
+from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,7 @@ def _attention(model_path: str | None) -> str:
     return f"prefill {prefill}, decode {decode}"
 
 
+@cache
 def _server_args(model_path: str) -> ServerArgs:
     from sglang.srt.server_args import ServerArgs
 

@@ -38,29 +38,29 @@ def run(runtime: Runtime, variants: Iterable[KvPolicyConfig]) -> None:
 
     No argument of a kernel is looked at when it is compiled, so these rounds stand for all.
     """
+    planned = _plan(runtime)
     for settings in variants:
         policy = POLICIES[settings.policy]
         if not runtime.has_statistics_for(policy):
             continue  # No request may ask for it, see `Runtime.check_runnable`.
-        planned = _plan(runtime, settings)
         candidates = runtime.candidates(settings, planned.pages, planned.logical, planned.budgets)
         candidates = candidates.of_requests(0, 1)
         # A workspace in which each layer is a part of its own.
         small = Workspace(Parts.smallest(candidates.geometry()), runtime.cache.device)
         for workspace in (runtime.workspace, small):
             execute(policy(), replace(candidates, workspace=workspace), runtime.cache)
-        _shift(runtime, planned)
+    _shift(runtime, planned)
     if runtime.cache.device.type == "cuda":
         torch.cuda.synchronize(runtime.cache.device)
 
 
-def _plan(runtime: Runtime, settings: KvPolicyConfig) -> Round:
+def _plan(runtime: Runtime) -> Round:
     """Of requests of two pages, both the padding page, of which one is kept."""
     page_size = runtime.page_size
     page = torch.arange(page_size, dtype=torch.int32, device=runtime.cache.device)
     region = Region(0, 0, page_size, 2 * page_size, 0, 0)
     # One page holds fewer than the most recent tokens that continuation needs.
-    state = RequestState("", replace(settings, recent=0, reuse="prompt"), Lookup(None))
+    state = RequestState("", replace(runtime.settings, recent=0, reuse="prompt"), Lookup(None))
     due = [Due(state, region, 0) for _ in range(_REQUESTS)]
     planned, freed = planning.plan(due, [0] * _REQUESTS, page.repeat(1, 2), page_size)
     torch.cat(freed).long()

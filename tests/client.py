@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.exactness.judge import Recorded
 from bench.simulator.policies import Policy
 from bench.simulator.registry import make_policy
 from bench.simulator.request import head_start
@@ -109,4 +110,4 @@ def early(running: Running, prompt: list[int], own: dict[str, Any] | None = None
 
 def recorded_rounds(folder: Path, rid: str) -> list[np.ndarray]:
     """Kept logical positions of each round of a request, as the server chose them."""
-    return [np.load(path)["kept"] for path in sorted(folder.glob(f"{rid}-*.npz"))]
+    return Recorded.read(folder, rid).kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.server import STOCK_ENVIRONMENT
+from bench.server import STOCK_ENVIRONMENT, STRICT
 
 BUDGET, INTERVAL = 48, 24
 ALIAS_LIMIT = 24
@@ -16,11 +16,6 @@ PAGE_4 = ("--page-size", "4")
 PAGE_16 = ("--page-size", "16")
 FP8 = ("--kv-cache-dtype", "fp8_e4m3")
 SYNC = ("--disable-overlap-schedule",)
-# SGLang checks its pool after every step: used + free + cached slots must make the whole.
-STRICT = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
-}
 COMMON = (
     *("--max-total-tokens", "8192", "--chunked-prefill-size", "128"),
     # A random model asked for JSON would fill it with blanks for ever.

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bench.agent.calls import Call, tokenize
 from bench.agent.prompt import TEMPLATE, system_prompt
-from bench.arms import Arm, running
+from bench.arms import Arm, running, triattention
 from bench.decode_log import DecodeLog
 from bench.server import STOCK_ENVIRONMENT, Endpoint
 from bench.tiny_models import make_model
@@ -124,8 +124,7 @@ class Session:
 
 def make_arms(arguments: argparse.Namespace) -> list[Arm]:
     """In pairs: those whose times are compared stand side by side."""
-    policy = ["--kv-policy", "triattention", "--kv-stats", arguments.stats]
-    policy += ["--kv-budget", str(arguments.budget), "--kv-interval", str(arguments.interval)]
+    policy = triattention(arguments.stats, arguments.budget, arguments.interval)
     common = [*COMMON, *arguments.server_arguments]
     return [
         Arm(PROMPT, [*common, *policy, "--kv-reuse", "prompt"]),

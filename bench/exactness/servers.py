@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.arms import Arm
-from bench.server import STOCK_ENVIRONMENT, Server, stop_all
+from bench.arms import Arm, triattention
+from bench.server import STOCK_ENVIRONMENT, STRICT, Server, stop_all
+from sglang_tri.patches.lifecycle import TRACE, TRACE_ROWS
+from sglang_tri.patches.request_settings import PER_REQUEST
 
 BUDGET, INTERVAL = 48, 24
 # A budget that no output reaches.
 NEVER = 4096
 POOL = 6144
 STOCK, HUGE, POLICY, NO_PREFILL_GRAPHS = "stock", "huge", "policy", "no-prefill-graphs"
-# SGLang checks its pool after every step: used + free + cached slots must make the whole.
-STRICT = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
-}
 # Requests may say their mode and budget.
-PER_REQUEST = {"SGLANG_KV_POLICY_PER_REQUEST": "1"}
+OWN_SETTINGS = {PER_REQUEST: "1"}
 _COMMON = [
     *("--max-total-tokens", str(POOL), "--max-running-requests", "32"),
     *("--decode-log-interval", "10", "--grammar-backend", "none"),
@@ -49,7 +46,7 @@ def arms(page_size: int, given: argparse.Namespace, gpu: bool, folder: Path) -> 
     if given.attention_backend:
         common += ["--attention-backend", given.attention_backend]
     common += given.server_arguments
-    evicting = [*common, *_policy(given, BUDGET)]
+    evicting = [*common, *triattention(given.stats, BUDGET, INTERVAL)]
 
     def name(kind: str) -> str:
         return arm_name(kind, page_size)
@@ -57,14 +54,14 @@ def arms(page_size: int, given: argparse.Namespace, gpu: bool, folder: Path) -> 
     def traced(kind: str) -> dict[str, str]:
         return {
             **STRICT,
-            "SGLANG_KV_POLICY_TRACE": str(trace(folder, name(kind))),
-            "SGLANG_KV_POLICY_TRACE_ROWS": "1",
-            **PER_REQUEST,
+            TRACE: str(trace(folder, name(kind))),
+            TRACE_ROWS: "1",
+            **OWN_SETTINGS,
         }
 
     made = [
         Arm(name(STOCK), common, STOCK_ENVIRONMENT),
-        Arm(name(HUGE), [*common, *_policy(given, NEVER)], PER_REQUEST),
+        Arm(name(HUGE), [*common, *triattention(given.stats, NEVER, INTERVAL)], OWN_SETTINGS),
         Arm(name(POLICY), evicting, traced(POLICY)),
     ]
     if gpu:
@@ -80,13 +77,6 @@ def arm_name(kind: str, page_size: int) -> str:
 def trace(folder: Path, name: str) -> Path:
     """Where a server writes its rounds."""
     return folder / f"{name}-rounds"
-
-
-def _policy(given: argparse.Namespace, budget: int) -> list[str]:
-    return [
-        *("--kv-policy", "triattention", "--kv-stats", str(given.stats)),
-        *("--kv-budget", str(budget), "--kv-interval", str(INTERVAL)),
-    ]
 
 
 class Fleet:
@@ -124,7 +114,7 @@ class Fleet:
         stop_all([self._running.pop(name) for name in names])
         self._start()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._waiting.clear()
         self.done(list(self._running))
 
@@ -137,16 +127,16 @@ class Fleet:
 
 def describe(server: Server) -> dict[str, Any]:
     """What ran: backends, as the server resolved them, and the shares of steps in graphs."""
-    state, text = server.internal_state(), server.log.read_text(errors="replace")
+    state = server.internal_state()
     names = [name for name in state if name.endswith(("attention_backend", "sampling_backend"))]
     found = {name: state[name] for name in sorted(names) if isinstance(state[name], str)}
     found |= {name: state[name] for name in ("dtype", "page_size", "device")}
     found["graph_memory_gb"] = state["memory_usage"]["graph"]
-    found["graph_share"] = {phase: _graph_share(text, phase) for phase in ("Decode", "Prefill")}
+    found["graph_share"] = {phase: graph_share(server, phase) for phase in ("Decode", "Prefill")}
     return found
 
 
-def _graph_share(log: str, phase: str) -> float | None:
+def graph_share(server: Server, phase: str) -> float | None:
     """Of the log's lines on steps of this phase; None where there are none."""
-    steps = re.findall(_GRAPH.format(phase), log, re.M)
+    steps = re.findall(_GRAPH.format(phase), server.log.read_text(errors="replace"), re.M)
     return steps.count("True") / len(steps) if steps else None

@@ -74,15 +74,10 @@ def _score_goal(results: Sequence[Result], copy: float, meaningful: bool) -> Goa
 def _buffers_goal(results: Sequence[Result], meaningful: bool) -> Goal:
     """Whether the other way to score should become the product's."""
     text = f"{TWO_BUFFERS} is no slower than score"
-    double = {result.cell: result for result in results if result.operation == TWO_BUFFERS}
-    pairs = [
-        (speedup(double[result.cell], result), result.cell)
-        for result in results
-        if result.operation == "score" and result.cell in double
-    ]
-    if not pairs:
+    worst = _least_speedup(results, TWO_BUFFERS, "score")
+    if worst is None:
         return Goal(text, "no cell", None, False)
-    factor, cell = min(pairs, key=lambda pair: pair[0])
+    factor, cell = worst
     met = factor >= 1 if meaningful else None
     return Goal(text, f"{factor:.2f} times as fast at worst ({name(cell)})", met, False)
 
@@ -99,14 +94,22 @@ def _round_goal(results: Sequence[Result], copy: float, meaningful: bool) -> Goa
 
 def _speedup_goal(results: Sequence[Result], meaningful: bool) -> Goal:
     text = f"a round is {SPEEDUP:.0f} times as fast as plain torch, or more"
-    rounds = {result.cell: result for result in results if result.operation == "round"}
-    pairs = [
-        (speedup(rounds[result.cell], result), result.cell)
-        for result in results
-        if result.operation == "torch round"
-    ]
-    if not pairs:
+    worst = _least_speedup(results, "round", "torch round")
+    if worst is None:
         return Goal(text, "no cell", None, False)
-    factor, cell = min(pairs, key=lambda pair: pair[0])
+    factor, cell = worst
     met = factor >= SPEEDUP if meaningful else None
     return Goal(text, f"{factor:.1f} times at worst ({name(cell)})", met, False)
+
+
+def _least_speedup(
+    results: Sequence[Result], ours: str, baseline: str
+) -> tuple[float, Cell] | None:
+    """Of operation `ours` over `baseline`, and where; None if no cell has both."""
+    found = {result.cell: result for result in results if result.operation == ours}
+    pairs = [
+        (speedup(found[result.cell], result), result.cell)
+        for result in results
+        if result.operation == baseline and result.cell in found
+    ]
+    return min(pairs, key=lambda pair: pair[0], default=None)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bench.arms import Arm
+from bench.arms import Arm, triattention
 from bench.server import STOCK_ENVIRONMENT
+from sglang_tri.patches.decode import WAIT
 
 if TYPE_CHECKING:
     from bench.load.presets import Preset
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 PRODUCTION, CONSTRAINED, POLICY = "production", "constrained", "triattention"
 # The policy where each round waits for the whole forward pass before it: what does that cost?
 WAITING = "waiting"
-WAIT_VARIABLE = "SGLANG_KV_POLICY_WAIT"
 CLIPPED = "clip "  # And the value.
 CLIP_VARIABLE = "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"
 _PLAIN = ["--disable-radix-cache", "--disable-overlap-schedule"]
@@ -45,12 +45,11 @@ def make_arms(
     common += ["--max-total-tokens", str(slots)] if slots else []
     common += ["--decode-log-interval", "10", "--incremental-streaming-output"]
     common += [*preset.server, *arguments]
-    policy = ["--kv-policy", POLICY, "--kv-stats", stats]
-    policy += ["--kv-budget", str(preset.budget), "--kv-interval", str(preset.interval)]
+    policy = triattention(stats, preset.budget, preset.interval)
     special = {
         CONSTRAINED: Arm(CONSTRAINED, [*common, *_PLAIN], STOCK_ENVIRONMENT),
         POLICY: Arm(POLICY, [*common, *policy]),
-        WAITING: Arm(WAITING, [*common, *policy], {WAIT_VARIABLE: "1"}),
+        WAITING: Arm(WAITING, [*common, *policy], {WAIT: "1"}),
     }
     return [special.get(name) or Arm(name, common, _environment(name)) for name in names]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.cutoff import seconds_to_end
+from bench.flags import positive
 from bench.load.arms import CLIPPED, POLICY, PRODUCTION, clip, is_arm
 from bench.load.presets import PRESETS, Preset
 from sglang_tri.config import KvPolicyConfig
@@ -118,16 +119,16 @@ def _parser(about: str) -> argparse.ArgumentParser:
         "tokens), constrained, triattention, waiting (its rounds wait for whole forward passes)",
     )
     arms.add_argument(
-        "--clips", type=_positive, nargs="*", help="the preset's arms, with these estimates"
+        "--clips", type=positive, nargs="*", help="the preset's arms, with these estimates"
     )
-    parser.add_argument("--budget", type=_positive, help="tokens that the policy keeps")
-    parser.add_argument("--interval", type=_positive, help="tokens from one round to the next")
+    parser.add_argument("--budget", type=positive, help="tokens that the policy keeps")
+    parser.add_argument("--interval", type=positive, help="tokens from one round to the next")
     parser.add_argument(
-        "--times", type=_positive, default=1, help="times as many requests, no more of them at once"
+        "--times", type=positive, default=1, help="times as many requests, no more of them at once"
     )
-    parser.add_argument("--systems", type=_positive, nargs="+", help="tokens of the system prompt")
-    parser.add_argument("--outputs", type=_positive, nargs="+", help="output tokens")
-    parser.add_argument("--repeats", type=_positive, default=2, help="runs of each workload")
+    parser.add_argument("--systems", type=positive, nargs="+", help="tokens of the system prompt")
+    parser.add_argument("--outputs", type=positive, nargs="+", help="output tokens")
+    parser.add_argument("--repeats", type=positive, default=2, help="runs of each workload")
     parser.add_argument(
         "--limit",
         type=seconds_to_end,
@@ -139,16 +140,6 @@ def _parser(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("results/serving.json"))
     parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")
     return parser
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
-    return number
 
 
 def _arm(name: str) -> str:

@@ -129,10 +129,7 @@ PRESETS = {
     ),
     "qwen3-8b": Preset(
         make_model=lambda folder: make_dummy("qwen3-8b", folder),
-        server=[
-            "--stream-interval",
-            "16",
-        ],
+        server=["--stream-interval", "16"],
         own=["--load-format", "dummy"],
         most=256,
         budget=2048,

@@ -29,6 +29,8 @@ SETTINGS = KvPolicyConfig(
     policy="triattention", budget=BUDGET, interval=INTERVAL, recent=RECENT, reuse="prompt"
 )
 
+CONTINUING = replace(SETTINGS, interval=16, recent=16, reuse="continuation")
+
 
 class Engine:
     """A pool, a slot table, a runtime and its observer; requests' slots lie anywhere."""
@@ -223,10 +225,10 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
-@pytest.mark.parametrize("settings", [SETTINGS, KvPolicyConfig(policy="triattention")])
+@pytest.mark.parametrize("settings", [SETTINGS, CONTINUING])
 def test_no_operation_is_loaded_after_the_warm_up(page_size: int, settings: KvPolicyConfig) -> None:
     """Planning, the round, and positions behind it do nothing on a device for the first time."""
-    engine = Engine(torch.device("cpu"), page_size)
+    engine = Engine(torch.device("cpu"), page_size, settings)
     engine.runtime._observer = None  # No server has one, unless it writes a trace.
     with Operations() as warmed:
         warmup.run(engine.runtime, [settings])
