@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from sglang_tri import __version__
 from sglang_tri.calibration import cache, identity, text
@@ -52,7 +53,7 @@ def _sequences(scheduler: Scheduler, settings: KvPolicyConfig) -> text.Sequences
         text.Source(settings.calibration_text),
         engine.tokenizer(scheduler),
         settings.calibration_tokens,
-        engine.longest_prefill(scheduler),
+        min(engine.longest_prefill(scheduler), text.LONGEST),
     )
 
 
@@ -91,8 +92,20 @@ def _measure(
     heads = layers[0].tp_q_head_num, layers[0].tp_k_head_num
     # Read at each use: the engine may replace the table at its first.
     moments = Moments(len(layers), *heads, rope, lambda: module.cos_sin_cache)
+    bar = tqdm(
+        desc="Query statistics",
+        total=sequences.tokens * len(layers),
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        mininterval=1,
+    )
     try:
-        with torch.no_grad(), engine.eager_prefill(runner), capture.captured(layers, moments):
+        with (
+            bar,
+            torch.no_grad(),
+            engine.every_core(),
+            engine.eager_prefill(runner),
+            capture.captured(layers, moments, bar.update),
+        ):
             for ids in sequences.ids:
                 engine.prefill(scheduler, ids)
         return moments.statistics(sequences.tokens, metadata)

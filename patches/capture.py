@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,14 @@ def attention_layers(model: torch.nn.Module, layers: int) -> list[RadixAttention
 
 
 @contextmanager
-def captured(layers: list[RadixAttention], moments: Moments) -> Iterator[None]:
-    """Inside, `moments` counts every token that passes through `layers`."""
+def captured(
+    layers: list[RadixAttention], moments: Moments, progress: Callable[[int], object]
+) -> Iterator[None]:
+    """Inside, `moments` counts every token that passes through `layers`.
+
+    Args:
+        progress: called with the number of tokens, after each layer.
+    """
     signature = inspect.signature(type(layers[0]).forward)
 
     def see(layer: RadixAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -49,6 +55,7 @@ def captured(layers: list[RadixAttention], moments: Moments) -> Iterator[None]:
                 "keys. Give --kv-stats FILE."
             )
         moments.add(layer.layer_id, call["q"], call["k"], call["forward_batch"].positions)
+        progress(len(call["forward_batch"].positions))
 
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
     try:

@@ -7,20 +7,26 @@ KV pools are the real ones, so everything built on them runs and can be tested w
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.platforms.cpu import CpuSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
 
+from sglang_tri.cpu import multiplies_bfloat16
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
 
 # Slots of the KV pool unless a flag sizes it: host memory would hold millions of a small model,
 # and SGLang copies the list of free slots whenever it frees some.
@@ -50,17 +56,19 @@ class TorchCpuPlatform(CpuSRTPlatform):
     """
 
     _enum = PlatformEnum.OOT
+    # Threads that torch takes by itself; known once a process is set up to run a model.
+    _all_threads: int | None = None
 
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
         """Fill what was not asked for with values that suit a CPU; explicit flags stay.
 
         The attention backend becomes `torch_native`, also in place of `intel_amx` (SGLang's choice
         for a CPU, which needs kernels that are absent here). A model that `--dtype auto` would run
-        in float16 runs in float32: half precision is many times slower on a CPU. The KV pool
-        gets `DEFAULT_MAX_TOTAL_TOKENS` slots at most. An idle scheduler sleeps (a flag that can
-        only be switched on) instead of spinning on a core that other processes could use. Grammars
-        run on `llguidance`, LoRA adapters on `torch_native`, in place of `csgmv` (SGLang's choice,
-        which is written in Triton).
+        in a half precision that this CPU has no instructions for runs in float32, which is faster
+        then; a log line says so. The KV pool gets `DEFAULT_MAX_TOTAL_TOKENS` slots at most. An idle
+        scheduler sleeps (a flag that can only be switched on) instead of spinning on a core that
+        other processes could use. Grammars run on `llguidance`, LoRA adapters on `torch_native`, in
+        place of `csgmv` (SGLang's choice, which is written in Triton).
 
         Raises:
             ValueError: `--grammar-backend xgrammar`, which kills the server on the first request
@@ -78,7 +86,11 @@ class TorchCpuPlatform(CpuSRTPlatform):
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = "torch_native"
         model_config = server_args.get_model_config()
-        if server_args.dtype == "auto" and model_config.dtype == torch.float16:
+        if server_args.dtype == "auto" and _is_slow(model_config.dtype):
+            logger.warning(
+                "The model's %s is slow on this CPU: it is served in float32. --dtype chooses.",
+                str(model_config.dtype).removeprefix("torch."),
+            )
             server_args.dtype = "float32"
             model_config.dtype = torch.float32  # made from the flags before this was called
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
@@ -109,8 +121,19 @@ class TorchCpuPlatform(CpuSRTPlatform):
         register_attention_backend("torch_native")(_make_attention)
         hooks.wrap(table.stage(table.CPU))
         torch.compiler.set_stance("force_eager")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, torch.get_num_threads() - OTHER_PROCESSES))
+        if "OMP_NUM_THREADS" not in os.environ and self._all_threads is None:
+            self._all_threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, self._all_threads - OTHER_PROCESSES))
+
+    @contextmanager
+    def every_core(self) -> Iterator[None]:
+        """Inside, torch computes on all cores, while the server's other processes do nothing."""
+        serving = torch.get_num_threads()
+        torch.set_num_threads(self._all_threads or serving)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(serving)
 
     def get_default_attention_backend(self) -> str:
         """torch's scaled dot product attention, request by request."""
@@ -137,6 +160,10 @@ class TorchCpuPlatform(CpuSRTPlatform):
         from sglang_tri.patches.cpu_allocator import make_allocator
 
         return make_allocator
+
+
+def _is_slow(dtype: torch.dtype) -> bool:
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16())
 
 
 def _make_attention(runner: ModelRunner) -> AttentionBackend:

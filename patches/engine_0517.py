@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sglang_tri.errors import KvPolicyError
@@ -87,6 +87,16 @@ def eager_prefill(runner: ModelRunner) -> Iterator[None]:
         yield
     finally:
         runner.prefill_cuda_graph_runner = graphs
+
+
+def every_core() -> AbstractContextManager[None]:
+    """Inside, a model on a CPU takes all cores, also those that are others' while it serves."""
+    from sglang.srt.platforms import current_platform
+
+    from sglang_tri.patches.cpu_platform import TorchCpuPlatform
+
+    platform = current_platform if isinstance(current_platform, TorchCpuPlatform) else None
+    return nullcontext() if platform is None else platform.every_core()
 
 
 def prefill(scheduler: Scheduler, ids: Sequence[int]) -> None:

@@ -68,6 +68,12 @@ def test_the_second_start_reads(server: Server) -> None:
     assert torch.equal(second.q_mean, first.q_mean)
 
 
+def test_sequences_are_no_longer_than_attention_likes(server: Server) -> None:
+    server.length = 8192
+    measured = server.start(replace(SETTINGS, calibration_tokens=5000))
+    assert measured.metadata["sequences"] == 3
+
+
 CHANGES: dict[str, Callable[[Server], Any]] = {
     "weights": lambda s: s.weights.update(weight=torch.zeros(3)),
     "names": lambda s: s.weights.update(other=torch.zeros(3)),

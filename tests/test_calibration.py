@@ -82,6 +82,7 @@ def test_nothing_of_it_stays(server: Running) -> None:
     assert start["row_entries"] == 0
     assert start["forward_hooks"] == 0
     log = server.server.log.read_text()
+    assert "Query statistics: 100%" in log
     assert f"Query statistics: measured with {sequences(server).numel()} tokens" in log
 
 

@@ -50,14 +50,16 @@ def test_positional_and_named_arguments(monkeypatch: pytest.MonkeyPatch) -> None
     """Models call attention either way; afterwards nobody listens."""
     monkeypatch.setattr(RadixAttention, "forward", _forward)
     layers = capture.attention_layers(torch.nn.ModuleList([attention(1), attention(0)]), 2)
-    batch, seen = SimpleNamespace(positions="p"), Seen()
-    with capture.captured(layers, seen):  # type: ignore[arg-type]
+    batch, seen = SimpleNamespace(positions="ppp"), Seen()
+    progress: list[int] = []
+    with capture.captured(layers, seen, progress.append):  # type: ignore[arg-type]
         layers[0]("q", "k", "v", batch)
         layers[1]("q", k="k", v="v", forward_batch=batch, save_kv_cache=False)
         with pytest.raises(KvPolicyError, match=r"layer 1.*given no keys"):
             layers[0]("q", None, None, batch)
     layers[0]("q", "k", "v", batch)
-    assert seen.calls == [(1, "q", "k", "p"), (0, "q", "k", "p")]
+    assert seen.calls == [(1, "q", "k", "ppp"), (0, "q", "k", "ppp")]
+    assert progress == [3, 3]
     assert not any(layer._forward_pre_hooks for layer in layers)
 
 

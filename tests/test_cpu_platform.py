@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_tri import cpu
 from sglang_tri.patches import cpu_platform
 from sglang_tri.patches.cpu_lora import Unpinned
 from sglang_tri.patches.cpu_platform import TorchCpuPlatform, activate
@@ -92,11 +94,34 @@ def test_defaults_let_a_bare_command_line_work() -> None:
     assert args.lora_backend == "torch_native"
 
 
-def test_bfloat16_models_stay_as_they_are() -> None:
+@pytest.mark.parametrize(
+    ("instructions", "flag", "dtype"),
+    [(True, "auto", torch.bfloat16), (False, "float32", torch.float32)],
+)
+def test_bfloat16_needs_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    instructions: bool,
+    flag: str,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(cpu_platform, "multiplies_bfloat16", lambda: instructions)
     args = _server_args(model_dtype=torch.bfloat16)
     TorchCpuPlatform().apply_server_args_defaults(args)
-    assert args.dtype == "auto"
-    assert args.get_model_config().dtype == torch.bfloat16
+    assert args.dtype == flag
+    assert args.get_model_config().dtype == dtype
+    assert ("bfloat16 is slow on this CPU" in caplog.text) == (not instructions)
+    given = _server_args(model_dtype=torch.bfloat16, dtype="bfloat16")
+    TorchCpuPlatform().apply_server_args_defaults(given)
+    assert given.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16"])
+def test_instructions_as_torch_names_them(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for found in (True, False):
+        capabilities = {"architecture": "any", "avx2": True, name: found}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda seen=capabilities: seen)
+        assert cpu.multiplies_bfloat16() == found
 
 
 @pytest.mark.parametrize(
@@ -149,10 +174,27 @@ def test_threads_leave_cores_for_the_other_processes(
     assert chosen_threads == [threads]
 
 
+def test_every_core_until_something_is_served(
+    monkeypatch: pytest.MonkeyPatch, chosen_threads: list[int]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    platform = TorchCpuPlatform()
+    platform.init_backend()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen_threads[-1])
+    platform.init_backend()
+    with contextlib.suppress(RuntimeError), platform.every_core():
+        raise RuntimeError
+    assert chosen_threads == [6, 8, 6]
+
+
 def test_omp_num_threads_wins(monkeypatch: pytest.MonkeyPatch, chosen_threads: list[int]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    TorchCpuPlatform().init_backend()
-    assert chosen_threads == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    platform = TorchCpuPlatform()
+    platform.init_backend()
+    with platform.every_core():
+        assert set(chosen_threads) <= {2}
+    assert set(chosen_threads) <= {2}
 
 
 @pytest.mark.usefixtures("chosen_threads")

@@ -12,6 +12,9 @@ import numpy as np
 
 from sglang_tri.errors import KvPolicyError
 
+LONGEST = 2048
+"""Tokens of a sequence, at most: of longer ones attention takes most of the time, on a CPU."""
+
 # Tokenizers in use make more tokens of ordinary text: a long one need not be read to its end.
 _CHARACTERS_PER_TOKEN = 8
 # In ordinary text hardly any stretch of this many tokens occurs twice, in repeated lines all do.
