@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tests.interpreted  # noqa: F401 - before anything that imports a kernel
+from bench.models import CATALOGUE, get
 from bench.reference_model import FOLDER
 from bench.server import Server
 from bench.tiny_adapters import make_adapter
@@ -72,7 +73,9 @@ class Servers:
     def model(self, kind: str) -> Path:
         if kind not in self._models:
             path = self._folder / kind
-            if kind == "reference":
+            if kind in CATALOGUE:
+                path = get(kind)
+            elif kind == "reference":
                 shutil.copytree(FOLDER, path)
                 stats.save_as(stats.load(path / "stats.safetensors"), path / "stats.pt")
             else:

@@ -22,6 +22,10 @@ COMMON = (
     *("--decode-log-interval", "1", "--constrained-json-disable-any-whitespace"),
     *("--chat-template", str(THINKING)),
 )
+REAL = (
+    *("--max-total-tokens", "8192", "--chunked-prefill-size", "128", "--dtype", "float32"),
+    *("--kv-calibration-tokens", "2048"),
+)
 SMALL_POOL = 2048
 SMALL = ("--max-total-tokens", str(SMALL_POOL), "--context-length", "8192")
 OWN_TEXT = ("--kv-calibration-text", str(README), "--kv-calibration-tokens", "4096")
@@ -44,7 +48,7 @@ class Setup:
     """One server.
 
     Attributes:
-        kind: which tiny model it serves, or `reference`.
+        kind: which model it serves: a tiny one, `reference`, or one of `bench.models`.
         arguments: beside the model and, where it has one, the policy.
         policy: whether the policy is on.
         automatic: whether the server makes its query statistics itself, not from a file.
@@ -80,6 +84,8 @@ SETUPS = {
     "shipped": Setup(kind="reference", arguments=(*COMMON, "--dtype", "float32")),
     "lora-page16": Setup(arguments=(*COMMON, *PAGE_16), adapters=("a", "b")),
     "fp8": Setup(arguments=(*COMMON, *FP8)),
+    "smollm2-page1": Setup(kind="smollm2", arguments=REAL, automatic=True),
+    "smollm2-page4": Setup(kind="smollm2", arguments=(*REAL, *PAGE_4), automatic=True),
     "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4, *STRIP), environment=_RETRACT),
 }
