@@ -1,0 +1,1 @@
+"""Whether the policy runs, and is right, on architectures other than the tests' own."""

@@ -1,0 +1,126 @@
+"""Serve tiny random models of many architectures, or one of your own, and check what they say.
+
+For each a real SGLang server measures the query statistics itself, evicts in the mode `union`, and
+is held against transformers with the evicted tokens masked. A control without eviction shows that
+eviction matters. A second turn has to find the compressed first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from bench.arms import triattention
+from bench.exactness.client import Answer, Ask, send, send_all
+from bench.exactness.judge import Recorded
+from bench.families.made import FAMILIES, make
+from bench.families.masked import Masked
+from bench.server import STRICT, Server, ServerFailed
+from bench.table import table
+from sglang_tri.patches.lifecycle import TRACE
+
+BUDGET, INTERVAL, TOKENS = 48, 24, 240
+POOL = 4096
+TOLERANCE = 1e-3
+"""Nats by which log-probabilities in float32 may differ."""
+TEXTS = ("Tell me of the sea.", "How many days are there in five weeks? Think first.")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was seen of one model.
+
+    Attributes:
+        rounds: of all answers.
+        error: largest difference of log-probabilities, in nats.
+        control: likewise, were nothing evicted.
+        reused: whether the second turn found all of the first.
+        failure: why there is nothing else; the end of the server's log.
+    """
+
+    rounds: int = 0
+    error: float = np.inf
+    control: float = 0.0
+    reused: bool = False
+    failure: str = ""
+
+    @property
+    def right(self) -> bool:
+        return self.error < TOLERANCE < self.control / 10 and self.reused
+
+    @property
+    def cells(self) -> list[str]:
+        if self.failure:
+            return ["", "", "", "", "did not start"]
+        verdict = "right" if self.right else "WRONG"
+        numbers = [f"{self.error:.1e}", f"{self.control:.1e}"]
+        return [str(self.rounds), *numbers, "yes" if self.reused else "no", verdict]
+
+
+def check(model: Path, folder: Path) -> Found:
+    """Serve `model`; logs and rounds go to `folder`."""
+    arguments = [*triattention("auto", BUDGET, INTERVAL), "--kv-eviction-mode", "union"]
+    arguments += ["--kv-calibration-tokens", "1024", "--dtype", "float32"]
+    arguments += ["--max-total-tokens", str(POOL)]
+    trace = folder / "rounds"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asks = [
+        Ask(tokenizer.encode(text), TOKENS, temperature)
+        for text, temperature in zip(TEXTS, (0.0, 1.0), strict=True)
+    ]
+    try:
+        with Server(model, arguments, folder / "log", {**STRICT, TRACE: str(trace)}) as server:
+            answers = send_all(server, asks)
+            reused = is_reused(send(server, Ask([*answers[0].tokens, 1], 1)), answers[0])
+    except ServerFailed as error:
+        return Found(failure=str(error))
+    decoder = Masked(model)
+    records = [Recorded.read(trace, answer.rid) for answer in answers]
+    return Found(
+        sum(len(record.kept) for record in records),
+        largest(decoder, answers, records),
+        largest(decoder, answers, [Recorded([], [])] * len(answers)),
+        reused,
+    )
+
+
+def is_reused(following: Answer, answer: Answer) -> bool:
+    """All but its last token, which has no KV yet."""
+    return bool(following.meta["cached_tokens"] >= len(answer.tokens) - 1)
+
+
+def largest(decoder: Masked, answers: list[Answer], records: list[Recorded]) -> float:
+    return max(
+        float(np.abs(decoder.logprobs(answer, record) - answer.logprobs).max())
+        for answer, record in zip(answers, records, strict=True)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.families", description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}")
+    parser.add_argument("--model-path", type=Path, help="a folder of your own instead")
+    given = parser.parse_args()
+    if unknown := set(given.families) - set(FAMILIES):
+        parser.error(f"{', '.join(sorted(unknown))}: known are {', '.join(FAMILIES)}")
+    rows = [["model", "rounds", "error, nats", "without eviction", "next turn reuses", ""]]
+    right = True
+    for name in [str(given.model_path)] if given.model_path else given.families or list(FAMILIES):
+        with tempfile.TemporaryDirectory(prefix="sglang-tri-") as made:
+            folder = Path(made)
+            found = check(given.model_path or make(name, folder / "model"), folder)
+        rows.append([name, *found.cells])
+        right &= found.right
+        print(found.failure or table([rows[0], rows[-1]]), file=sys.stderr)
+    print(table(rows))
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
