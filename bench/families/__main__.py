@@ -38,13 +38,16 @@ class Found:
 
     Attributes:
         rounds: of all answers.
-        error: largest difference of log-probabilities, in nats.
+        before: largest difference of log-probabilities up to the first round, in nats: whether
+            SGLang and transformers agree on the model at all.
+        error: likewise, of all tokens.
         control: likewise, were nothing evicted.
         reused: whether the second turn found all of the first.
         failure: why there is nothing else; the end of the server's log.
     """
 
     rounds: int = 0
+    before: float = np.inf
     error: float = np.inf
     control: float = 0.0
     reused: bool = False
@@ -55,12 +58,18 @@ class Found:
         return self.error < TOLERANCE < self.control / 10 and self.reused
 
     @property
-    def cells(self) -> list[str]:
+    def verdict(self) -> str:
         if self.failure:
-            return ["", "", "", "", "did not start"]
-        verdict = "right" if self.right else "WRONG"
-        numbers = [f"{self.error:.1e}", f"{self.control:.1e}"]
-        return [str(self.rounds), *numbers, "yes" if self.reused else "no", verdict]
+            return "did not start"
+        if self.before >= TOLERANCE:
+            return "SGLang and transformers differ"
+        return "right" if self.right else "WRONG"
+
+    @property
+    def cells(self) -> list[str]:
+        errors = (self.before, self.error, self.control)
+        shown = [f"{error:.0e}" if error < np.inf else "" for error in errors]
+        return [str(self.rounds), *shown, "yes" if self.reused else "no", self.verdict]
 
 
 def check(model: Path, folder: Path) -> Found:
@@ -80,26 +89,24 @@ def check(model: Path, folder: Path) -> Found:
             reused = is_reused(send(server, Ask([*answers[0].tokens, 1], 1)), answers[0])
     except ServerFailed as error:
         return Found(failure=str(error))
-    decoder = Masked(model)
-    records = [Recorded.read(trace, answer.rid) for answer in answers]
-    return Found(
-        sum(len(record.kept) for record in records),
-        largest(decoder, answers, records),
-        largest(decoder, answers, [Recorded([], [])] * len(answers)),
-        reused,
-    )
+    return judge(Masked(model), answers, [Recorded.read(trace, a.rid) for a in answers], reused)
+
+
+def judge(decoder: Masked, answers: list[Answer], records: list[Recorded], reused: bool) -> Found:
+    before, errors, controls = [], [], []
+    for answer, record in zip(answers, records, strict=True):
+        error = np.abs(decoder.logprobs(answer, record) - answer.logprobs)
+        before.append(error[: record.lengths[0] - len(answer.ask.prompt)].max())
+        errors.append(error.max())
+        unevicted = decoder.logprobs(answer, Recorded([], []))
+        controls.append(np.abs(unevicted - answer.logprobs).max())
+    rounds = sum(len(record.kept) for record in records)
+    return Found(rounds, max(before), max(errors), max(controls), reused)
 
 
 def is_reused(following: Answer, answer: Answer) -> bool:
     """All but its last token, which has no KV yet."""
     return bool(following.meta["cached_tokens"] >= len(answer.tokens) - 1)
-
-
-def largest(decoder: Masked, answers: list[Answer], records: list[Recorded]) -> float:
-    return max(
-        float(np.abs(decoder.logprobs(answer, record) - answer.logprobs).max())
-        for answer, record in zip(answers, records, strict=True)
-    )
 
 
 def main() -> int:
@@ -109,7 +116,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.families) - set(FAMILIES):
         parser.error(f"{', '.join(sorted(unknown))}: known are {', '.join(FAMILIES)}")
-    rows = [["model", "rounds", "error, nats", "without eviction", "next turn reuses", ""]]
+    rows = [["model", "rounds", "before", "error", "not evicted", "reused", ""]]
     right = True
     for name in [str(given.model_path)] if given.model_path else given.families or list(FAMILIES):
         with tempfile.TemporaryDirectory(prefix="sglang-tri-") as made:

@@ -30,10 +30,8 @@ _SHAPE = {
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "cohere": {"logit_scale": 1.0},
-    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
-    "gemma": {"head_dim": 32, "num_key_value_heads": 1},
-    "glm": {"head_dim": 32, "attention_bias": True},
+    "cohere": {"logit_scale": 1.0, "tie_word_embeddings": True},
+    "gemma": {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "glm4": {"head_dim": 32},
     "granite": {},
     "llama": {},
