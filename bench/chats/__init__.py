@@ -1,0 +1,1 @@
+"""What `bench.demo` is made of."""
