@@ -19,6 +19,8 @@ from bench.server import Server
 
 LOG_STEPS = 5
 """Decode steps for each line of the server's log."""
+PENALTY = 1.05
+"""Of repetitions. More of it brings words in other tokens than a tokenizer makes of them."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _answer(client: openai.OpenAI, question: str, tokens: int) -> First:
         messages=[{"role": "user", "content": question}],
         max_tokens=tokens,
         temperature=0,
-        extra_body={"min_tokens": tokens, "repetition_penalty": 1.1, "return_meta_info": True},
+        extra_body={"min_tokens": tokens, "repetition_penalty": PENALTY, "return_meta_info": True},
     )
     choice = answer.choices[0]
     info: dict[str, Any] = choice.meta_info  # type: ignore[attr-defined]
