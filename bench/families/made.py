@@ -31,7 +31,13 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0, "tie_word_embeddings": True},
-    "gemma": {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "gemma": {
+        "head_dim": 32,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        # It multiplies embeddings by the root of the width.
+        "initializer_range": 0.05,
+    },
     "glm4": {"head_dim": 32},
     "granite": {},
     "llama": {},
