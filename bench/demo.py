@@ -1,4 +1,4 @@
-"""Six chats at once in a KV pool for less than three, with a pretrained model.
+"""Six chats at once in a KV pool for three, with a pretrained model.
 
 Starts the real SGLang server twice, with `--kv-policy triattention` and as it is, both with the
 same small KV pool. Six chats ask for long texts through the openai client, all at once; then all
@@ -35,9 +35,9 @@ MODEL = "smollm2"
 BUDGET, INTERVAL = 96, 32
 HELD = BUDGET + INTERVAL
 """Generated tokens that a request may hold, at page size 1."""
-POOL = 1408
+POOL = 1280
 """KV slots: all chats fit if they are evicted from, also if one has to be prefilled anew."""
-TOKENS = (448, 24)
+TOKENS = (384, 24)
 """Of the answers in the first turn; at most, in the second."""
 SHOWN = 5
 """The chat whose texts are printed."""

@@ -27,7 +27,6 @@ _SHAPE = {
     "initializer_range": 0.15,
     "tie_word_embeddings": False,
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0, "tie_word_embeddings": True},
@@ -44,12 +43,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 32},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "olmo2": {},
-    "phi": {},
+    "phi": {"num_key_value_heads": 4},
     "phi3": {"sliding_window": None},
     "qwen2": {},
-    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 128},
     "qwen3": {"head_dim": 32},
-    "qwen3_moe": {**_EXPERTS, "head_dim": 32},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+    },
     "stablelm": {},
     "starcoder2": {"sliding_window": None},
 }
