@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         help="to measure instead of all, the reference first",
     )
     parser.add_argument(
-        "--unsplit", action="store_true", help="also measure with sequences of 8,192 tokens"
+        "--unsplit",
+        action="store_true",
+        help="also in sequences of 8,192 tokens, where the product makes such",
     )
     parser.add_argument(
         "--texts",
