@@ -30,7 +30,7 @@ def main() -> None:
     args = _parser().parse_args()
     folder = args.folder or Path("results/calibration") / args.model_path.name
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = args.statistics or plan(list(args.texts), args.unsplit)
+    wanted = args.statistics or plan(list(args.texts))
     answers = max((one.tokens for one in wanted if one.text == CHAT), default=0)
     write_texts(folder, args.model_path, args.texts, answers, args.tokens)
     paths = {m.name: measure(m, args.model_path, folder) for m in _bar(wanted, "statistics")}
@@ -75,11 +75,6 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="TEXT,TOKENS[,LONGEST]",
         help="to measure instead of all, the reference first",
-    )
-    parser.add_argument(
-        "--unsplit",
-        action="store_true",
-        help="also in sequences of 8,192 tokens, where the product makes such",
     )
     parser.add_argument(
         "--texts",

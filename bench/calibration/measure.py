@@ -15,7 +15,7 @@ from bench.calibration.texts import ANSWERS, CHAT, DEFAULT, LATER, PROSE
 
 REFERENCE_TOKENS = 16384
 LONGEST = 2048
-"""Tokens of a sequence at most, as `--chunked-prefill-size` sets them."""
+"""Tokens of a sequence at most, as `--chunked-prefill-size` sets them; the product takes no more."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,14 @@ class Measurement:
 REFERENCE = Measurement(DEFAULT, REFERENCE_TOKENS)
 
 
-def plan(given: list[str], unsplit: bool) -> list[Measurement]:
-    """All measurements, the reference first.
-
-    given: names of further texts; unsplit: also with sequences of 8,192 tokens.
-    """
+def plan(given: list[str]) -> list[Measurement]:
+    """All measurements, the reference first; `given` names further texts."""
     sizes = (4096, REFERENCE_TOKENS)
     others = [name for name in dict.fromkeys((PROSE, CHAT, *given)) if name not in ANSWERS]
     return [
         REFERENCE,
         *(Measurement(DEFAULT, tokens) for tokens in (1024, 2048, 4096, 8192)),
         Measurement(LATER, 4096),
-        *([Measurement(DEFAULT, REFERENCE_TOKENS, 8192)] if unsplit else []),
         *(Measurement(text, tokens) for text in others for tokens in sizes),
     ]
 

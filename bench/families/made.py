@@ -43,7 +43,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 32},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "olmo2": {},
-    "phi": {"num_key_value_heads": 4},
     "phi3": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 32},
