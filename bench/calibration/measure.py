@@ -15,7 +15,7 @@ from bench.calibration.texts import ANSWERS, CHAT, DEFAULT, LATER, PROSE
 
 REFERENCE_TOKENS = 16384
 LONGEST = 2048
-"""Tokens of a sequence at most, as `--chunked-prefill-size` sets them; the product takes no more."""
+"""Tokens of a sequence at most, as `--chunked-prefill-size` sets them."""
 
 
 @dataclass(frozen=True)
