@@ -19,8 +19,8 @@ from bench.server import Server
 
 LOG_STEPS = 5
 """Decode steps for each line of the server's log."""
-PENALTY = 1.05
-"""Of repetitions. More of it brings words in other tokens than a tokenizer makes of them."""
+PENALTY = 1.1
+"""Of repetitions. The more, the more words in other tokens than a tokenizer makes of them."""
 
 
 @dataclass(frozen=True)
