@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.chats.turns import Outcome
 
-CACHED = 0.8
+CACHED = 0.6
 """Least share of the second turn's prompts: texts that come back in other tokens are not found."""
 
 
