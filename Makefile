@@ -5,9 +5,8 @@ PYTHON := .venv/bin/python
 
 .PHONY: demo test check bench gpu soak kernels-all clean
 
-# The model is downloaded once (94 MB) and kept in the user's cache.
+# It downloads its model once (94 MB), into the user's cache.
 demo: .venv/.ready
-	$(PYTHON) -m bench.models get smollm2
 	$(PYTHON) -m bench.demo $(ARGS)
 
 # Kernel tests wait for compilers and interpreters, all others for servers that stand once.

@@ -54,8 +54,9 @@ def captured(
                 f"--kv-stats auto cannot measure layer {layer.layer_id}: its attention is given no "
                 "keys. Give --kv-stats FILE."
             )
-        moments.add(layer.layer_id, call["q"], call["k"], call["forward_batch"].positions)
-        progress(len(call["forward_batch"].positions))
+        positions = call["forward_batch"].positions
+        moments.add(layer.layer_id, call["q"], call["k"], positions)
+        progress(len(positions))
 
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
     try:

@@ -95,8 +95,9 @@ def every_core() -> AbstractContextManager[None]:
 
     from sglang_tri.patches.cpu_platform import TorchCpuPlatform
 
-    platform = current_platform if isinstance(current_platform, TorchCpuPlatform) else None
-    return nullcontext() if platform is None else platform.every_core()
+    if isinstance(current_platform, TorchCpuPlatform):
+        return current_platform.every_core()
+    return nullcontext()
 
 
 def prefill(scheduler: Scheduler, ids: Sequence[int]) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
-from bench.simulator.oracle import Oracle, Replay
+from bench.simulator.oracle import Oracle
 from bench.simulator.registry import make_policy
-from tests.client import Answer, Ask, recorded_rounds, send_all, simulated, tokens_of
+from tests import judging
+from tests.client import Ask, send_all, tokens_of
 from tests.conftest import Running
 from tests.setups import SETUPS
 
 WITH_POLICY = [name for name in SETUPS if name.startswith("page")]
 OTHER_ROPE = ["llama3", "yarn"]
-LOGPROB_TOLERANCE = 1e-4
-LEAST_ROUNDS = 5
-RAW_SCORES = 50  # Their size in these models; normalized ones are of order 1.
-MOST_FOLLOWED = 0.001  # Share of choices where a near tie was decided by the server.
 
 SHARED = tokens_of("A shared prefix that several requests begin with, long enough for some pages. ")
 LONG_PROMPT = 4  # Which request of a workload is prefilled in several chunks.
@@ -49,39 +44,9 @@ def workload(policies: list[dict[str, object]]) -> list[Ask]:
     return asks
 
 
-def replay(oracle: Oracle, running: Running, answer: Answer) -> Replay:
-    own = answer.ask.policy
-    return oracle.replay(
-        answer.ask.prompt,
-        answer.ids,
-        simulated(own),
-        page_size=running.setup.page_size,
-        recorded=recorded_rounds(running.trace, answer.rid)
-        if own.get("policy") != "none"
-        else None,
-        tolerance=1e-5 if own.get("normalize", True) else 1e-5 * RAW_SCORES,
-    )
-
-
 def check(running: Running, policies: list[dict[str, object]]) -> None:
     oracle = Oracle(running.model, running.stats)
-    counts: Counter[str] = Counter()
-    for answer in send_all(running, workload(policies)):
-        judged = replay(oracle, running, answer)
-        difference = answer.error(judged.logprobs)
-        assert difference < LOGPROB_TOLERANCE, (answer.ask.policy, difference)
-        if answer.ask.temperature == 0:
-            assert judged.greedy.tolist() == answer.ids, answer.ask.policy
-        if answer.ask.policy.get("policy") != "none":
-            assert len(judged.rounds) >= LEAST_ROUNDS
-            # With overlap, a step beyond the last token is already under way when it is known.
-            assert judged.surplus in (0, 1)
-            assert answer.meta["kv_policy"]["rounds"] == len(judged.rounds) + judged.surplus
-        else:
-            assert "kv_policy" not in answer.meta
-        counts["choices"] += sum(done.kept.size for done in judged.rounds)
-        counts["followed"] += judged.followed
-    assert counts["followed"] <= MOST_FOLLOWED * counts["choices"]
+    judging.check(oracle, running, send_all(running, workload(policies)))
 
 
 @pytest.mark.parametrize("server", WITH_POLICY, indirect=True)
@@ -100,4 +65,4 @@ def test_eviction_is_visible(server: Running) -> None:
     (answer,) = send_all(server, [Ask(tokens_of("Visible?"), 250, {}, 1.0)])
     oracle = Oracle(server.model, server.stats)
     full = oracle.replay(answer.ask.prompt, answer.ids, make_policy("none"))
-    assert answer.error(full.logprobs) > 100 * LOGPROB_TOLERANCE
+    assert answer.error(full.logprobs) > 100 * judging.Limits().logprobs

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from typing import Any
 
-import numpy as np
 import openai
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.simulator.oracle import Oracle
-from tests.client import Answer, Ask, recorded_rounds, send_all, simulated
+from tests import judging
+from tests.client import Ask, send_all, simulated
 from tests.conftest import Running
+from tests.judging import LEAST_ROUNDS, Limits
 from tests.setups import BUDGET, INTERVAL
 
 SMOLLM2 = pytest.mark.parametrize("server", ["smollm2-page1", "smollm2-page4"], indirect=True)
 MODES = ("per-head", "per-layer-per-head", "union")
-LOGPROB_TOLERANCE = 1e-3
-SCORE_TOLERANCE = 1e-4
-"""Candidates whose scores differ by less are near ties; scores are of order 1."""
-MOST_FOLLOWED = 0.001  # Share of choices where a near tie was decided by the server.
-LEAST_ROUNDS = 5
+LIMITS = Limits(logprobs=1e-3, scores=1e-4, margins=1e-3)
 LONG = BUDGET + (LEAST_ROUNDS + 1) * INTERVAL
 QUESTION = "Why is the sky blue? Explain it to a child, in several paragraphs."
 NEXT = "And why is it red in the evening?"
@@ -43,32 +40,12 @@ def test_equal_to_the_simulator(server: Running) -> None:
         for mode in MODES
         for temperature in (0.0, 1.0)
     ]
-    counts: Counter[str] = Counter()
-    for answer in send_all(server, asks):
-        judged = oracle.replay(
-            answer.ask.prompt,
-            answer.ids,
-            simulated(answer.ask.policy),
-            page_size=server.setup.page_size,
-            recorded=recorded_rounds(server.trace, answer.rid),
-            tolerance=SCORE_TOLERANCE,
-        )
-        assert len(judged.rounds) >= LEAST_ROUNDS
-        assert answer.error(judged.logprobs) < LOGPROB_TOLERANCE, answer.ask.policy
-        if answer.ask.temperature == 0:
-            assert_greedy(answer, judged.greedy, judged.margins)
-        counts["choices"] += sum(done.kept.size for done in judged.rounds)
-        counts["followed"] += judged.followed
-    assert counts["followed"] <= MOST_FOLLOWED * counts["choices"]
+    answers = send_all(server, asks)
+    judging.check(oracle, server, answers, LIMITS)
     # Without eviction the oracle disagrees: the comparison above can fail.
+    answer = answers[-1]
     full = oracle.replay(answer.ask.prompt, answer.ids, simulated({"policy": "none"}))
-    assert answer.error(full.logprobs) > 100 * LOGPROB_TOLERANCE
-
-
-def assert_greedy(answer: Answer, greedy: np.ndarray, margins: np.ndarray) -> None:
-    """The most probable tokens, but for near ties of logits."""
-    other = greedy != np.array(answer.ids)
-    assert (margins[other] < LOGPROB_TOLERANCE).all()
+    assert answer.error(full.logprobs) > 100 * LIMITS.logprobs
 
 
 @SMOLLM2
@@ -77,7 +54,7 @@ def test_the_next_turn_hits_as_text(server: Running) -> None:
     client = openai.OpenAI(base_url=f"{server.server.url}/v1", api_key="none")
     messages = [{"role": "user", "content": QUESTION}]
 
-    def ask(tokens: int) -> dict[str, int]:
+    def ask(tokens: int) -> dict[str, Any]:
         answer = client.chat.completions.create(
             model="smollm2",
             messages=messages,  # type: ignore[arg-type]
@@ -86,7 +63,7 @@ def test_the_next_turn_hits_as_text(server: Running) -> None:
             extra_body={"return_meta_info": True},
         ).choices[0]
         messages.append({"role": "assistant", "content": answer.message.content or ""})
-        info: dict[str, int] = answer.meta_info  # type: ignore[attr-defined]
+        info: dict[str, Any] = answer.meta_info  # type: ignore[attr-defined]
         return info
 
     first = ask(LONG)

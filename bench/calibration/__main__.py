@@ -20,6 +20,7 @@ from bench.calibration import report
 from bench.calibration.measure import Measurement, described, measure, plan
 from bench.calibration.study import CHANCE, RANDOM, RECENT, Results, Setting, Study
 from bench.calibration.texts import CHAT, Text, judged_texts, write_texts
+from bench.flags import positive
 from bench.machine import machine, versions
 from bench.simulator import Oracle
 from bench.simulator.policies import MODES
@@ -64,16 +65,18 @@ def _parser() -> argparse.ArgumentParser:
         "--losses",
         type=_measurement,
         nargs="*",
-        metavar="TEXT,TOKENS[,LONGEST]",
+        metavar="TEXT,TOKENS",
         help="statistics that the model also reads with, instead of all",
     )
-    parser.add_argument("--tokens", type=int, default=1200, help="of a judged text")
-    parser.add_argument("--each", type=int, default=2, help="texts of a kind and half, at most")
+    parser.add_argument("--tokens", type=positive, default=1200, help="of a judged text")
+    parser.add_argument(
+        "--each", type=positive, default=2, help="texts of a kind and half, at most"
+    )
     parser.add_argument(
         "--statistics",
         type=_measurement,
         nargs="+",
-        metavar="TEXT,TOKENS[,LONGEST]",
+        metavar="TEXT,TOKENS",
         help="to measure instead of all, the reference first",
     )
     parser.add_argument(
@@ -100,12 +103,12 @@ class _Named(argparse.Action):
 
 def _settings(text: str) -> list[Setting]:
     budget, interval, *modes = text.split(",")
-    return [Setting(int(budget), int(interval), mode) for mode in modes or MODES]
+    return [Setting(positive(budget), positive(interval), mode) for mode in modes or MODES]
 
 
 def _measurement(text: str) -> Measurement:
-    name, *numbers = text.split(",")
-    return Measurement(name, *map(int, numbers))
+    name, _, tokens = text.rpartition(",")
+    return Measurement(name, positive(tokens))
 
 
 def _text(text: str) -> tuple[str, Path]:

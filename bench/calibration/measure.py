@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ import torch
 from bench.calibration.texts import ANSWERS, CHAT, DEFAULT, LATER, PROSE
 
 REFERENCE_TOKENS = 16384
-LONGEST = 2048
-"""Tokens of a sequence at most, as `--chunked-prefill-size` sets them."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +22,14 @@ class Measurement:
     Attributes:
         text: a name of `texts`.
         tokens: of the text.
-        longest: tokens of a sequence at most.
     """
 
     text: str
     tokens: int
-    longest: int = LONGEST
 
     @property
     def name(self) -> str:
-        split = "" if self.longest == LONGEST else f", sequences of {self.longest}"
-        return f"{self.text} {self.tokens}{split}"
+        return f"{self.text} {self.tokens}"
 
 
 REFERENCE = Measurement(DEFAULT, REFERENCE_TOKENS)
@@ -58,17 +52,15 @@ def measure(wanted: Measurement, model_dir: Path, folder: Path) -> Path:
 
     What is there is not measured again. Raises RuntimeError where `calibrate` fails.
     """
-    path = folder / f"{wanted.text}-{wanted.tokens}-{wanted.longest}.pt"
+    path = folder / f"{wanted.text}-{wanted.tokens}.pt"
     if path.exists():
         return path
     command = [sys.executable, "-m", "sglang_tri.patches.cli", "calibrate", "-o", str(path)]
     command += ["--model-path", str(model_dir), "--dtype", "float32"]
     command += ["--kv-calibration-tokens", str(wanted.tokens)]
-    command += ["--chunked-prefill-size", str(wanted.longest)]
     if wanted.text != DEFAULT:
         command += ["--kv-calibration-text", str(folder / f"{wanted.text}.txt")]
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
     return path

@@ -7,11 +7,11 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 from bench.calibration import questions
 from bench.calibration.sampling import BATCH, Speaker
+from sglang_tri.calibration.text import Source
 
 DEFAULT = "default"
 """The product's own calibration text, Python's language reference."""
@@ -78,7 +78,7 @@ def write_texts(
         if book is None:
             raise ValueError(f"no prose found: give --texts {PROSE}=FILE")
         _write(folder, PROSE, [book.read_text(encoding="utf-8")])
-    reference = "\n\n".join(topics[name] for name in sorted(topics))
+    reference = Source(None).read()
     _write(folder, LATER, [reference[len(reference) // 2 :]])
     if not all((folder / f"{name}.txt").exists() for name in (CHAT, *ANSWERS)):
         _write_answers(folder, Speaker(model_dir), measured, judged)

