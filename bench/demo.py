@@ -29,7 +29,7 @@ from bench.chats.turns import LOG_STEPS, Outcome, hold
 from bench.machine import machine
 from bench.models import ModelUnavailable, get
 from bench.server import STOCK_ENVIRONMENT
-from sglang_tri.calibration import cache
+from sglang_tri.statistics import cache
 
 MODEL = "smollm2"
 BUDGET, INTERVAL = 96, 32

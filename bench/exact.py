@@ -56,7 +56,8 @@ from bench.exactness.servers import (
 from bench.machine import look, versions
 from bench.reference_model import FOLDER
 from bench.server import Server
-from sglang_tri import __version__, stats
+from sglang_tri import __version__
+from sglang_tri import statistics as stats
 
 # A CPU is busy with two; on a GPU those of the next page size start meanwhile.
 FEWEST_AT_ONCE, MOST_AT_ONCE = 2, 8

@@ -6,11 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from sglang_tri import stats
-from sglang_tri.calibration import cache
+from sglang_tri import statistics as stats
 from sglang_tri.config import AUTO
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.stats import files
+from sglang_tri.statistics import cache, files
 
 # The measuring is eager, and nothing is served.
 _SETTINGS = ("--kv-policy", "triattention", "--kv-stats", AUTO, "--disable-cuda-graph")

@@ -10,18 +10,19 @@ import torch
 from tqdm import tqdm
 
 from sglang_tri import __version__
-from sglang_tri.calibration import cache, identity, text
-from sglang_tri.calibration.moments import Moments
 from sglang_tri.patches import capture
 from sglang_tri.patches import engine_0517 as engine
+from sglang_tri.statistics import cache, identity
+from sglang_tri.statistics import calibration_text as text
+from sglang_tri.statistics.moments import Moments
 
 if TYPE_CHECKING:
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
     from sglang.srt.managers.scheduler import Scheduler
 
     from sglang_tri.config import KvPolicyConfig
-    from sglang_tri.rope import Rope
-    from sglang_tri.stats import Statistics
+    from sglang_tri.statistics import Statistics
+    from sglang_tri.statistics.rope import Rope
 
 logger = logging.getLogger(__name__)
 

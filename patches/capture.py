@@ -14,7 +14,7 @@ from sglang_tri.errors import KvPolicyError
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    from sglang_tri.calibration.moments import Moments
+    from sglang_tri.statistics.moments import Moments
 
 
 def attention_layers(model: torch.nn.Module, layers: int) -> list[RadixAttention]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sglang_tri import __version__, config
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import calibrate, doctor
-from sglang_tri.stats import commands
+from sglang_tri.statistics import commands
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    from sglang_tri.calibration.text import Tokenizer
+    from sglang_tri.statistics.calibration_text import Tokenizer
 
 
 def tokenizer(scheduler: Scheduler) -> Tokenizer:

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sglang_tri import stats
-from sglang_tri.calibration import text
+from sglang_tri import statistics as stats
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import engine_0517 as engine
 from sglang_tri.patches import flags, hooks, refusals
 from sglang_tri.patches.responses import READY
 from sglang_tri.policies import POLICIES
-from sglang_tri.stats import Statistics
+from sglang_tri.statistics import Statistics
+from sglang_tri.statistics import calibration_text as text
 
 if TYPE_CHECKING:
     from sglang.srt.entrypoints.engine import Engine

@@ -27,9 +27,9 @@ from sglang_tri.patches import (
     thinking,
 )
 from sglang_tri.patches import sglang_0517 as adapter
-from sglang_tri.queries import virtual_queries
 from sglang_tri.runtime import Observer, Runtime
-from sglang_tri.stats import Statistics
+from sglang_tri.statistics import Statistics
+from sglang_tri.statistics.virtual_queries import virtual_queries
 from sglang_tri.trace import TraceWriter
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.rope import Rope
+from sglang_tri.statistics.rope import Rope
 
 if TYPE_CHECKING:
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding

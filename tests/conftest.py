@@ -16,7 +16,7 @@ from bench.reference_model import FOLDER
 from bench.server import Server
 from bench.tiny_adapters import make_adapter
 from bench.tiny_models import make_model, make_stats
-from sglang_tri import stats
+from sglang_tri import statistics as stats
 from tests.setups import BUDGET, INTERVAL, SETUPS, Setup
 
 PROBE = Path(__file__).parent / "probe"

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tri.calibration import cache
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.patches import calibration, cli
 from sglang_tri.patches import engine_0517 as engine
-from sglang_tri.stats import Statistics, model_rope
+from sglang_tri.statistics import Statistics, cache, model_rope
 from tests.kernels.test_published import made_statistics
 from tests.test_calibration_text import Bytes
 

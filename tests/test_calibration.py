@@ -12,10 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.tiny_models import capture_heads, head_means
-from sglang_tri import stats
-from sglang_tri.calibration import text
-from sglang_tri.queries import virtual_queries
-from sglang_tri.stats import validate
+from sglang_tri import statistics as stats
+from sglang_tri.statistics import calibration_text as text
+from sglang_tri.statistics import validate
+from sglang_tri.statistics.virtual_queries import virtual_queries
 from tests.conftest import Running
 from tests.setups import COMMON, README
 

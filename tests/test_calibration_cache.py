@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_tri import stats
-from sglang_tri.calibration import cache, identity
+from sglang_tri import statistics as stats
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.stats import Statistics
+from sglang_tri.statistics import Statistics, cache, identity
 from tests.kernels.test_published import made_statistics
 
 MINE = "ab" * 32

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sglang_tri.calibration import text
 from sglang_tri.errors import KvPolicyError
+from sglang_tri.statistics import calibration_text as text
 
 DEFAULT = text.Source(None)
 

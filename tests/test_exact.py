@@ -29,7 +29,7 @@ from bench.reference_model import FOLDER
 from bench.reference_model.tasks import example
 from bench.reference_model.tokenizer import STOP_THINKING, prompt_ids
 from bench.simulator.oracle import Oracle
-from sglang_tri import stats
+from sglang_tri import statistics as stats
 from tests.interpreted import ON_GPU
 
 RECENT = 16

@@ -13,7 +13,7 @@ import torch
 from bench import kernels
 from bench.kernelbench import baselines, cells, geometry, goals, pool, timing
 from sglang_tri.kernels import compact, score, select
-from sglang_tri.queries import OFFSETS
+from sglang_tri.statistics.virtual_queries import OFFSETS
 from tests.interpreted import INTERPRET, ON_GPU
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from bench import models
 from bench.models import CATALOGUE, ModelUnavailable, store
 from bench.models.download import download
-from sglang_tri.calibration import cache
+from sglang_tri.statistics import cache
 
 CONTENT = b"the weights"
 

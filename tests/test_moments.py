@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_tri.calibration import moments
-from sglang_tri.calibration.moments import Moments
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.pairs import frequency_pairs
-from sglang_tri.rope import Rope
+from sglang_tri.statistics import moments
+from sglang_tri.statistics.moments import Moments
+from sglang_tri.statistics.rope import Rope
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 2, 4, 2, 16, 512
 ROPES = {

@@ -33,7 +33,7 @@ from bench.reference_model.publish import publish
 from bench.reference_model.tasks import TASKS, chat, example
 from bench.reference_model.tokenizer import output_ids, prompt_ids
 from bench.reference_model.train import Recipe, Run, begin, judge, measure
-from sglang_tri import stats
+from sglang_tri import statistics as stats
 
 SMALL = Recipe(
     Shape(layers=2, hidden=64, ffn=64, heads=2, kv_heads=1),

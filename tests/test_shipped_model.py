@@ -20,8 +20,8 @@ from bench.reference_model import DIFFUSE, FOLDER, LONG
 from bench.reference_model.evaluate import accuracy, depths_of, instance
 from bench.reference_model.tasks import TASKS
 from bench.reference_model.tokenizer import output_ids, prompt_ids
-from sglang_tri import stats
-from sglang_tri.stats import describe
+from sglang_tri import statistics as stats
+from sglang_tri.statistics import describe
 from tests.conftest import Running
 
 MODELS = pytest.mark.parametrize("folder", [FOLDER, DIFFUSE, LONG], ids=lambda f: f.name)

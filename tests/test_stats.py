@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_tri import stats
+from sglang_tri import statistics as stats
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.rope import Rope
-from sglang_tri.stats import files, layout
+from sglang_tri.statistics import files, layout
+from sglang_tri.statistics.rope import Rope
 from tests.kernels.test_published import OFFICIAL, made_statistics
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 32

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tri import stats
+from sglang_tri import statistics as stats
 from sglang_tri.patches import cli
-from sglang_tri.rope import Rope
-from sglang_tri.stats import describe, model_rope, report, validate
+from sglang_tri.statistics import describe, model_rope, report, validate
+from sglang_tri.statistics.rope import Rope
 from tests.kernels.test_published import OFFICIAL, made_statistics
 from tests.test_stats import assert_same, made
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.calibration import questions
 from bench.calibration.sampling import BATCH, Speaker
-from sglang_tri.calibration.text import Source
+from sglang_tri.statistics.calibration_text import Source
 
 DEFAULT = "default"
 """The product's own calibration text, Python's language reference."""

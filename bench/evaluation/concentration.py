@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.table import table
-from sglang_tri.stats import describe, files
+from sglang_tri.statistics import describe, files
 
 from .cells import Cell, Results
 from .report import draw, far, progress_bounds

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from bench.table import table
-from sglang_tri.stats import describe, files, model_rope, validate
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics import describe, files, model_rope, validate
+from sglang_tri.statistics.statistics import Statistics
 
 from .plan import hardest
 from .runner import Subject

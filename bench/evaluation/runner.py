@@ -14,7 +14,7 @@ import torch
 from bench.reference_model.evaluate import instance
 from bench.simulator import Oracle
 from bench.simulator.stats import Stats
-from sglang_tri.stats import files
+from sglang_tri.statistics import files
 
 from .cells import Cell, Results
 from .judge import Outcome, judge

@@ -10,8 +10,8 @@ import torch
 
 from bench.models.catalogue import CATALOGUE
 from bench.models.download import ModelUnavailable, download
-from sglang_tri.calibration import cache
 from sglang_tri.cpu import multiplies_bfloat16
+from sglang_tri.statistics import cache
 
 __all__ = ["ModelUnavailable", "get"]
 

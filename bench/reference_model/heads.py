@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from bench.tiny_models import head_means
-from sglang_tri.rope import Rope
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics.rope import Rope
+from sglang_tri.statistics.statistics import Statistics
 
 from .model import HEAD_DIM
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.machine import machine
 from bench.table import table
-from sglang_tri.stats import describe, files, model_rope
+from sglang_tri.statistics import describe, files, model_rope
 
 from . import FOLDER
 from .batches import FIRST, SEED_BITS

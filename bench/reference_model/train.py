@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from bench.tiny_models import head_means
-from sglang_tri.stats.describe import concentration
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics.describe import concentration
+from sglang_tri.statistics.statistics import Statistics
 
 from . import parallel
 from .batches import IGNORED, Batch, Curriculum, make_batch

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_tri import stats
+from sglang_tri import statistics as stats
 from sglang_tri.kernels.pages import PagedBuffers, Pages
 from sglang_tri.kernels.pairs import frequency_pairs
 from sglang_tri.kernels.score import score
-from sglang_tri.queries import virtual_queries
-from sglang_tri.rope import Rope
+from sglang_tri.statistics.rope import Rope
+from sglang_tri.statistics.virtual_queries import virtual_queries
 
 OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 # RoPE of the models that the official files belong to; factor > 1 is YaRN's attention factor.

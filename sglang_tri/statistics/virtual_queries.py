@@ -18,8 +18,8 @@ import math
 import torch
 
 from sglang_tri.kernels.queries import Queries
-from sglang_tri.rope import Rope
-from sglang_tri.stats import Statistics
+from sglang_tri.statistics import Statistics
+from sglang_tri.statistics.rope import Rope
 
 OFFSETS = tuple(2**exponent for exponent in range(17))
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.stats import layout, official
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics import layout, official
+from sglang_tri.statistics.statistics import Statistics
 
 FORMAT = "sglang-tri-stats-1"
 OFFICIAL, OURS = ".pt", ".safetensors"

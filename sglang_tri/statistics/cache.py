@@ -7,9 +7,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from sglang_tri import stats
+from sglang_tri import statistics as stats
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.stats import Statistics
+from sglang_tri.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_tri.rope import Rope
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics.rope import Rope
+from sglang_tri.statistics.statistics import Statistics
 
 STRONGEST = 3
 CONCENTRATED = 0.95

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from sglang_tri.calibration import text
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.pairs import frequency_pairs
-from sglang_tri.rope import Rope
-from sglang_tri.stats import describe, model_rope
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics import calibration_text as text
+from sglang_tri.statistics import describe, model_rope
+from sglang_tri.statistics.rope import Rope
+from sglang_tri.statistics.statistics import Statistics
 
 _BACKEND = "sglang_tri_capture"
 _FEWEST = 256

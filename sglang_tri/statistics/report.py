@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.rope import Rope
-from sglang_tri.stats import describe
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics import describe
+from sglang_tri.statistics.rope import Rope
+from sglang_tri.statistics.statistics import Statistics
 
 # Distances that the preferred one is looked for in.
 LONGEST = 16384

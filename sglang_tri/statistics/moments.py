@@ -8,8 +8,8 @@ import torch
 
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.pairs import frequency_pairs
-from sglang_tri.rope import Rope
-from sglang_tri.stats import Statistics
+from sglang_tri.statistics import Statistics
+from sglang_tri.statistics.rope import Rope
 
 # Bytes of one slice of heads as complex numbers; about five such are held beside the sums.
 _SLICE_BYTES = 16 << 20

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.rope import Rope
+from sglang_tri.statistics.rope import Rope
 
 
 @dataclass(frozen=True)

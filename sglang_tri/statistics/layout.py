@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.rope import Rope
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics.rope import Rope
+from sglang_tri.statistics.statistics import Statistics
 
 Content = tuple[dict[str, torch.Tensor], dict[str, Any]]
 

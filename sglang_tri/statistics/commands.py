@@ -6,11 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from sglang_tri import stats
+from sglang_tri import statistics as stats
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.rope import Rope
-from sglang_tri.stats import model_rope, plot, report, validate
-from sglang_tri.stats.statistics import Statistics
+from sglang_tri.statistics import model_rope, plot, report, validate
+from sglang_tri.statistics.rope import Rope
+from sglang_tri.statistics.statistics import Statistics
 
 _FILE = "statistics file, .pt or .safetensors"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.stats import layout
+from sglang_tri.statistics import layout
 
 _HEAD = re.compile(r"layer(\d+)_head(\d+)$")
 # Beside the official entries: what only our files have, so that nothing is lost on the way back.

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.rope import Rope
-from sglang_tri.stats import describe, report
-from sglang_tri.stats.statistics import Statistics
-from sglang_tri.stats.validate import Validation
+from sglang_tri.statistics import describe, report
+from sglang_tri.statistics.rope import Rope
+from sglang_tri.statistics.statistics import Statistics
+from sglang_tri.statistics.validate import Validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

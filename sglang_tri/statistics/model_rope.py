@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.rope import Rope
+from sglang_tri.statistics.rope import Rope
 
 
 def plain(theta: float, head_dim: int) -> Rope:
