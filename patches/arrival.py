@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_tri.errors import KvPolicyError, shown
-from sglang_tri.patches import flags, request_settings, salts, wire
-
-if TYPE_CHECKING:
-    from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
-    from sglang.srt.managers.io_struct import GenerateReqInput
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang_tri.patches import request_settings, salts, server
+from sglang_tri.patches.versions import serving
+from sglang_tri.patches.versions.interface import TokenizerManager
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +38,7 @@ def check_shape(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any) 
 
 def check_fields(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE _init_req_state: the fields of each request that are read on its way or later."""
-    from sglang.srt.managers.io_struct import GenerateReqInput
-
-    if not isinstance(obj, GenerateReqInput):
+    if not serving.is_generation(obj):
         return
     for item in _items(manager, obj):
         reason = _wrong_field(item) or _wrong_sampling(manager, item.sampling_params)
@@ -51,7 +46,7 @@ def check_fields(manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any)
             raise refused(manager, item.rid, reason)
 
 
-def _items(manager: TokenizerManager, obj: GenerateReqInput) -> list[GenerateReqInput]:
+def _items(manager: TokenizerManager, obj: Any) -> list[Any]:
     """The requests that were sent together; a sample is one by itself."""
     if getattr(obj, "is_single", True):
         return [obj]
@@ -62,9 +57,7 @@ def _items(manager: TokenizerManager, obj: GenerateReqInput) -> list[GenerateReq
         raise refused(manager, obj.rid, reason) from error
 
 
-def _wrong_field(item: GenerateReqInput) -> str:
-    from sglang.srt.managers.embed_types import PositionalEmbeds
-
+def _wrong_field(item: Any) -> str:
     start, embeds = item.logprob_start_len, item.positional_embed_overrides
     for name in ("rid", "extra_key", "lora_path"):
         value = getattr(item, name)
@@ -72,7 +65,7 @@ def _wrong_field(item: GenerateReqInput) -> str:
             return _wrong(name, value, "one string")
     if not isinstance(start, Integral) or (item.return_logprob and start < -1):
         return _wrong("logprob_start_len", start, "a position in the prompt, or -1")
-    if embeds is not None and not isinstance(embeds, PositionalEmbeds):
+    if embeds is not None and not serving.is_positional_embeds(embeds):
         return _wrong("positional_embed_overrides", embeds, "none over HTTP")
     return ""
 
@@ -85,7 +78,7 @@ def _wrong_sampling(manager: TokenizerManager, params: object) -> str:
         if value is not None and not isinstance(value, Integral):
             return _wrong(name, value, "a whole number")
     custom_params = params.get("custom_params")
-    settings = flags.attached(manager.server_args) if custom_params else None
+    settings = server.attached(manager.server_args) if custom_params else None
     try:
         if settings is not None:
             request_settings.settings_of(settings, custom_params)
@@ -102,15 +95,13 @@ def pack(
     original: Callable[..., Any], manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """AROUND _create_tokenized_object: a message that the scheduler can read, or a 400."""
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-
     try:
         message = original(manager, obj, *args, **kwargs)
     except (TypeError, OverflowError) as error:
         raise refused(manager, obj.rid, _wrong_token(obj) or str(error)) from error
-    if isinstance(message, TokenizedGenerateReqInput):
+    if serving.is_tokenized_generation(message):
         message.extra_key = salts.separated(message.extra_key)
-        reason = wire.unreadable(message)
+        reason = serving.unreadable(message)
         if reason:
             raise refused(manager, message.rid, reason)
     return message
@@ -126,15 +117,13 @@ def _wrong_token(obj: Any) -> str:
     return ""
 
 
-def join_key(
-    original: Callable[..., str | None], serving: OpenAIServingBase, request: Any
-) -> str | None:
+def join_key(original: Callable[..., str | None], endpoint: Any, request: Any) -> str | None:
     """AROUND _compute_extra_key: the joined string goes on knowing its parts, or it is a 400."""
     try:
-        return salts.join(original, serving, request)
+        return salts.join(original, endpoint, request)
     except KvPolicyError as error:
         rid = getattr(request, "rid", None)
-        raise refused(serving.tokenizer_manager, rid, str(error)) from error
+        raise refused(endpoint.tokenizer_manager, rid, str(error)) from error
 
 
 def refused(manager: TokenizerManager, rid: object, reason: str) -> KvPolicyError:
@@ -148,3 +137,16 @@ def count(manager: TokenizerManager) -> int:
     """Requests that were refused in this process."""
     found: int = vars(manager).get(_COUNT, 0)
     return found
+
+
+async def add_refused(
+    original: Callable[..., Awaitable[list[dict[str, Any]]]], manager: TokenizerManager
+) -> list[dict[str, Any]]:
+    """AROUND TokenizerManager.get_internal_state: requests that never reached the scheduler.
+
+    Another engine in this process may have no policy, and so no report.
+    """
+    states = await original(manager)
+    for report in (state[server.KEY] for state in states if server.KEY in state):
+        report["requests_refused"] += count(manager)
+    return states

@@ -6,14 +6,11 @@ import dataclasses
 import platform as host
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import TYPE_CHECKING
 
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.patches import hooks, launch, refusals, table
-from sglang_tri.patches import sglang_0517 as adapter
-
-if TYPE_CHECKING:
-    from sglang.srt.server_args import ServerArgs
+from sglang_tri.patches import hooks, refusals, server, table
+from sglang_tri.patches.versions import serving
+from sglang_tri.patches.versions.interface import ServerArgs
 
 _DISTRIBUTIONS = ("sglang-tri", "sglang", "torch", "transformers", "triton", "flashinfer-python")
 
@@ -28,7 +25,7 @@ def run(settings: KvPolicyConfig, model_path: str | None) -> int:
     print("Versions", f"  python {host.python_version()}", sep="\n")
     for name in _DISTRIBUTIONS:
         print(f"  {name} {_version(name)}")
-    print("Platform", f"  {_platform()}", sep="\n")
+    print("Platform", f"  {serving.platform()}", sep="\n")
     problems = _print_hooks() + _check(settings, model_path)
     print("Attention", f"  {_attention(model_path)}", sep="\n")
     print(f"Policy {settings.policy}")
@@ -56,9 +53,9 @@ def _check(settings: KvPolicyConfig, model_path: str | None) -> list[str]:
         problems.append("SGLang does not see the plugin: install sglang-tri in this environment")
     try:
         refusals.check_version(settings)
-        launch.read_sources(settings)
+        server.read_sources(settings)
         if model_path is not None:
-            launch.check(_server_args(model_path), settings)
+            server.check(_server_args(model_path), settings)
     except Exception as error:  # SGLang also raises AssertionError and others.
         problems.append(str(error))
     return problems
@@ -69,7 +66,7 @@ def _attention(model_path: str | None) -> str:
     if model_path is None:
         return "depends on the model: give --model-path"
     try:
-        prefill, decode = adapter.attention_backends(_server_args(model_path))
+        prefill, decode = serving.attention_backends(_server_args(model_path))
     except Exception as error:  # SGLang also raises AssertionError and others.
         return f"not known: {error}"
     return f"prefill {prefill}, decode {decode}"
@@ -77,15 +74,7 @@ def _attention(model_path: str | None) -> str:
 
 @cache
 def _server_args(model_path: str) -> ServerArgs:
-    from sglang.srt.server_args import ServerArgs
-
-    return ServerArgs(model_path=model_path)
-
-
-def _platform() -> str:
-    from sglang.srt.platforms import current_platform
-
-    return f"{current_platform.device_name} ({type(current_platform).__name__})"
+    return serving.server_args(model_path)
 
 
 def _version(name: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from sglang_tri.errors import KvPolicyError
 
+_PACKAGE = __name__.rpartition(".")[0]
+
 BEFORE, AFTER, AROUND = "BEFORE", "AFTER", "AROUND"
 
 
@@ -22,7 +24,7 @@ class Hook:
         stage: when it is installed, see `table`.
         target: dotted path of the hooked function.
         kind: a member of SGLang's `HookType`.
-        function: the hook.
+        function: the hook, as "module.name" in this package.
         parameters: leading parameters of the target that the hook counts on.
         purpose: what it is for.
     """
@@ -30,9 +32,14 @@ class Hook:
     stage: str
     target: str
     kind: str
-    function: Callable[..., Any]
+    function: str
     parameters: tuple[str, ...]
     purpose: str
+
+    def load(self) -> Callable[..., Any]:
+        """The hook itself; what it imports is not needed before."""
+        found: Callable[..., Any] = pkgutil.resolve_name(f"{_PACKAGE}.{self.function}")
+        return found
 
 
 def install(hooks: Sequence[Hook]) -> None:
@@ -59,7 +66,7 @@ def register(hooks: Sequence[Hook]) -> None:
     _refuse([problem for hook in hooks if (problem := probe(hook))])
     source = HookSource("sglang_tri", "sglang-tri")
     for hook in hooks:
-        HookRegistry.register(hook.target, hook.function, HookType[hook.kind], source=source)
+        HookRegistry.register(hook.target, hook.load(), HookType[hook.kind], source=source)
 
 
 def wrap(hooks: Sequence[Hook]) -> None:
@@ -70,7 +77,7 @@ def wrap(hooks: Sequence[Hook]) -> None:
     for row in hooks:
         if not probe(row) and not is_installed(row):
             path, name = row.target.rsplit(".", 1)
-            setattr(pkgutil.resolve_name(path), name, _wrapped(_resolve(row.target), row.function))
+            setattr(pkgutil.resolve_name(path), name, _wrapped(_resolve(row.target), row.load()))
 
 
 def _wrapped(function: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,9 +124,10 @@ def _resolve(target: str) -> Callable[..., Any]:
 def is_installed(hook: Hook) -> bool:
     """Whether calling the target reaches the hook: SGLang's wrapper closes over it."""
     function: Any = _resolve(hook.target)
+    wanted = hook.load()
     while function is not None:
         cells = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
-        if cells.get("hook") is hook.function:
+        if cells.get("hook") is wanted:
             return True
         function = getattr(function, "__wrapped__", None)
     return False

@@ -9,15 +9,12 @@ import importlib.metadata
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches.sglang_0517 import TESTED_VERSIONS
-
-if TYPE_CHECKING:
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.server_args import ServerArgs
+from sglang_tri.patches.versions import TESTED_VERSIONS, serving
+from sglang_tri.patches.versions.interface import ModelConfig, ServerArgs
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,8 @@ def _larger_than_one(name: str) -> Callable[[Any], str]:
 
 
 def _environment(name: str) -> Callable[[Any], str]:
-    """Finds a switch of SGLang's that is on, as SGLang itself reads it."""
-
-    def found(_: Any) -> str:
-        from sglang.srt.environ import envs
-
-        return f"{name}={os.environ[name]}" if getattr(envs, name).get() else ""
-
-    return found
+    """Finds a switch of SGLang's that is on."""
+    return lambda _: f"{name}={os.environ[name]}" if serving.switch(name) else ""
 
 
 _KEYED = "pages would be stored under tokens that they no longer hold"
@@ -264,10 +255,7 @@ SERVER_ARGS = (
 
 
 def _rope_type(model: Any) -> str:
-    from sglang.srt.utils.hf_transformers.common import get_rope_config
-
-    _, scaling = get_rope_config(model.hf_text_config)
-    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
+    kind = serving.rope_settings(model)["rope_type"]
     return "" if kind in ("default", "linear", "llama3", "yarn") else f"RoPE type {kind!r}"
 
 
@@ -276,18 +264,6 @@ def _sliding_window(model: Any) -> str:
     if model.is_hybrid_swa or "sliding_attention" in kinds:
         return "layers with a sliding window"
     return ""
-
-
-def _attention(model: Any) -> str:
-    from sglang.srt.configs.model_config import AttentionArch
-
-    return "" if model.attention_arch == AttentionArch.MHA else "multi-head latent attention"
-
-
-def _hybrid(model: Any) -> str:
-    from sglang.srt.configs.hybrid_arch import mambaish_config
-
-    return "" if mambaish_config(model) is None else "state-space or linear-attention layers"
 
 
 _OTHER_MODEL = "Serve another model, or leave --kv-policy out."
@@ -317,14 +293,26 @@ MODEL_CONFIG = (
         "it has not been tested",
         _OTHER_MODEL,
     ),
-    Refusal("MLA", _attention, "all heads share one latent row", _OTHER_MODEL),
+    Refusal(
+        "MLA",
+        lambda model: "multi-head latent attention" if serving.has_latent_attention(model) else "",
+        "all heads share one latent row",
+        _OTHER_MODEL,
+    ),
     Refusal(
         "sliding window",
         _sliding_window,
         "attention kernels count slots of the window, not positions",
         _OTHER_MODEL,
     ),
-    Refusal("hybrid SSM", _hybrid, "their state cannot forget tokens", _OTHER_MODEL),
+    Refusal(
+        "hybrid SSM",
+        lambda model: (
+            "state-space or linear-attention layers" if serving.has_recurrent_layers(model) else ""
+        ),
+        "their state cannot forget tokens",
+        _OTHER_MODEL,
+    ),
     Refusal(
         "dual-chunk attention",
         lambda model: (

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_tri.errors import KvPolicyError, shown
-
-if TYPE_CHECKING:
-    from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 
 
 class SaltedKey(str):
@@ -24,16 +21,14 @@ class SaltedKey(str):
     key: str | None
 
 
-def join(
-    original: Callable[..., str | None], serving: OpenAIServingBase, request: Any
-) -> str | None:
+def join(original: Callable[..., str | None], endpoint: Any, request: Any) -> str | None:
     """What `original` makes of a request's salt and key, as a string that goes on knowing both.
 
     Raises:
         KvPolicyError: one of them is no string.
     """
     salt, key = (_part(request, name) for name in ("cache_salt", "extra_key"))
-    joined = original(serving, request)
+    joined = original(endpoint, request)
     if joined is None:
         return None
     salted = SaltedKey(joined)

@@ -1,11 +1,14 @@
-"""The policies by name. A new one is a file beside these and a line here."""
+"""The policies by name: every class with a name in the files of this folder."""
+
+from importlib import import_module
+from inspect import getmembers, isclass
+from pkgutil import iter_modules
 
 from sglang_tri.policies.base import Policy
-from sglang_tri.policies.random import Random
-from sglang_tri.policies.streaming import Streaming
-from sglang_tri.policies.triattention import TriAttention
-from sglang_tri.policies.variance import TriAttentionVariance
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (TriAttention, TriAttentionVariance, Streaming, Random)
+    member.name: member
+    for module in iter_modules(__path__, f"{__name__}.")
+    for _, member in getmembers(import_module(module.name), isclass)
+    if issubclass(member, Policy) and "name" in vars(member)
 }

@@ -7,17 +7,16 @@ import torch
 from sglang_tri.kernels.moves import Moves
 from sglang_tri.kernels.scores import Scores
 from sglang_tri.kernels.select import select
-from sglang_tri.policies.base import Candidates, Policy
+from sglang_tri.policies.base import Candidates, DirectPolicy
 
 
-class Random(Policy):
+class Random(DirectPolicy):
     """A random set for each KV head, the same in all layers, drawn anew in every round.
 
     The draw follows from logical length, head and place alone: a run can be repeated.
     """
 
     name = "random"
-    keeps_order = True
 
     def moves(self, candidates: Candidates) -> Moves:
         pages, heads = candidates.pages, candidates.keys.heads
@@ -28,7 +27,7 @@ class Random(Policy):
             heads,
             "per-head",
             normalize=False,
-            keep_order=self.keeps_order,
+            keep_order=True,
             workspace=candidates.workspace,
         )
 

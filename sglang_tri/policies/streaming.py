@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from sglang_tri.kernels.moves import Moves
-from sglang_tri.policies.base import Candidates, Policy
+from sglang_tri.policies.base import Candidates, DirectPolicy
 
 
-class Streaming(Policy):
+class Streaming(DirectPolicy):
     """Attention sinks plus a window (arXiv 2309.17453), applied to generated tokens only."""
 
     name = "streaming"
-    keeps_order = True
 
     def moves(self, candidates: Candidates) -> Moves:
         """One set for all layers and heads: everything behind the sinks moves down."""

@@ -7,12 +7,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from sglang_tri.kernels.pages import PagedBuffers, Pages
-from sglang_tri.rounds import Due, Round
+from sglang_tri.request.request import Request
+from sglang_tri.round.plan import DueRequest, Round
 
 _LONGEST_NAME = 200
 
@@ -44,30 +46,31 @@ class TraceWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._layers = [layer for buffers in rows for layer in buffers.layers]
         self._before: list[dict[str, np.ndarray]] = []
+        # Logical positions by slot, as the last round left them.
+        self._kept: WeakKeyDictionary[Request, torch.Tensor] = WeakKeyDictionary()
 
     def before(self, planned: Round) -> None:
         if self._layers:
             self._before = [
                 self._read(planned.pages, index, due.candidates, "before")
-                for index, due in enumerate(planned.due)
+                for index, due in enumerate(planned.requests)
             ]
 
     def after(self, planned: Round, packed: torch.Tensor) -> None:
-        for index, due in enumerate(planned.due):
-            logical, places = int(planned.logical[index]), packed[:, index].cpu()
-            positions = self._candidates(due, logical, places)
-            due.region.positions = positions.gather(-1, places)
-            chosen = due.region.positions.sort(-1).values
+        for index, due in enumerate(planned.requests):
+            places = packed[:, index].cpu()
+            kept = self._candidates(due, places).gather(-1, places)
+            self._kept[due.request] = kept
             content: dict[str, Any] = {
-                "logical": logical,
+                "logical": due.logical,
                 "start": due.region.start,
-                "kept": chosen.numpy(),
+                "kept": kept.sort(-1).values.numpy(),
             }
             if self._layers:
                 content |= self._before[index]
                 content |= self._read(planned.pages, index, places.shape[-1], "after")
                 content["places"] = places.numpy()
-            name = f"{file_name(due.state.rid)}-{due.state.rounds:05d}.npz"
+            name = f"{file_name(due.request.rid)}-{due.request.rounds:05d}.npz"
             np.savez(self._folder / name, **content)
 
     def _read(self, pages: Pages, request: int, count: int, when: str) -> dict[str, np.ndarray]:
@@ -80,12 +83,8 @@ class TraceWriter:
             f"values_{when}": torch.stack(values).cpu().numpy(),
         }
 
-    @staticmethod
-    def _candidates(due: Due, logical: int, places: torch.Tensor) -> torch.Tensor:
+    def _candidates(self, due: DueRequest, places: torch.Tensor) -> torch.Tensor:
         """Logical positions of the candidates, in slot order: [layers or 1, heads or 1, n]."""
-        before = due.region.positions
-        if before is None:
-            first = due.region.start + due.region.before
-            return torch.arange(first, logical).expand(*places.shape[:2], -1)
-        new = torch.arange(logical - (due.candidates - before.shape[-1]), logical)
-        return torch.cat([before, new.expand(*before.shape[:2], -1)], -1)
+        new = torch.arange(due.logical - due.candidates + due.seen, due.logical)
+        new = new.expand(*places.shape[:2], -1)
+        return torch.cat([self._kept[due.request], new], -1) if due.seen else new

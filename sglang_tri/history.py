@@ -1,6 +1,11 @@
-"""Find compressed history again: from the tokens that made it to the chain of its spans.
+"""Compressed history: tokens of a conversation that lie in fewer slots than there are tokens.
 
-The store knows no KV. Whether the prefix cache still holds a chain is for the cache to say: its
+A prefix cache maps token ids to slots, one slot per id. A *span* is a stretch of tokens that was
+evicted from; its slots enter the cache under as many *synthetic* ids, which no vocabulary has and
+which are never used again. A *chain* holds the spans of one history, and turns its tokens into the
+ids that the cache knows. An *alias* finds a chain again, from the tokens that made it.
+
+Nothing here knows any KV. Whether the prefix cache still holds a chain is for the cache to say: its
 synthetic ids are found there or not, and nothing else is ever found under them.
 """
 
@@ -8,15 +13,98 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from sglang_tri.spans import SYNTHETIC, Chain, Span, span_number
-
+# Above every vocabulary. The low bits count a span's slots: none has 16 million of them.
+SYNTHETIC = 1 << 40
+SLOT_BITS = 24
 # Tokens per hash. Aliases that end in the same block are told apart token by token.
 BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) of a history, in the slots [first_slot, last_slot) of its row.
+
+    Attributes:
+        number: its own among all spans of the server.
+        start, end: logical positions.
+        first_slot, last_slot: physical positions.
+    """
+
+    number: int
+    start: int
+    end: int
+    first_slot: int
+    last_slot: int
+
+    @property
+    def slots(self) -> int:
+        return self.last_slot - self.first_slot
+
+    @property
+    def evicted(self) -> int:
+        """Tokens without a slot."""
+        return (self.end - self.start) - self.slots
+
+    @cached_property
+    def ids(self) -> array[int]:
+        """Its synthetic ids, one for each slot."""
+        first = SYNTHETIC + (self.number << SLOT_BITS)
+        return array("q", range(first, first + self.slots))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The spans of one history, in order; everything between and behind them is plain."""
+
+    spans: tuple[Span, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.spans)
+
+    def then(self, span: Span) -> Chain:
+        """This history with `span` behind it."""
+        return Chain((*self.spans, span))
+
+    @cached_property
+    def delta(self) -> int:
+        """Logical minus physical length behind the last span."""
+        return sum(span.evicted for span in self.spans)
+
+    @property
+    def end(self) -> int:
+        """Logical position behind the last span."""
+        return self.spans[-1].end if self.spans else 0
+
+    @property
+    def last_slot(self) -> int:
+        """Physical position behind the last span."""
+        return self.spans[-1].last_slot if self.spans else 0
+
+    def physical_length(self, tokens: int) -> int:
+        """Slots of the first `tokens` tokens, which do not end inside a span."""
+        return tokens - sum(span.evicted for span in self.spans if span.end <= tokens)
+
+    def physical_ids(self, tokens: array[int]) -> array[int]:
+        """The ids that the prefix cache knows `tokens` by: synthetic ones in place of spans."""
+        ids, position = array("q"), 0
+        for span in self.spans:
+            ids += tokens[position : span.start]
+            ids += span.ids
+            position = span.end
+        ids += tokens[position:]
+        return ids
+
+
+def span_number(ids: np.ndarray) -> np.ndarray:
+    """The spans that synthetic ids belong to: int64, any shape."""
+    numbers: np.ndarray = (ids - SYNTHETIC) >> SLOT_BITS
+    return numbers
 
 
 class Lookup:
@@ -106,6 +194,30 @@ class AliasStore:
         """A span with ids that were never used before; see `Span`."""
         self._spans += 1
         return Span(self._spans, start, end, first_slot, last_slot)
+
+    def extend(self, chain: Chain, stretches: Iterable[tuple[int, int, int, int]]) -> Chain:
+        """`chain` with a new span behind it for each of `stretches`, see `new_span`."""
+        for stretch in stretches:
+            chain = chain.then(self.new_span(*stretch))
+        return chain
+
+    def remember(
+        self, lookup: Lookup, tokens: array[int], chain: Chain, known: Alias | None, slots: int
+    ) -> Alias | None:
+        """The prefix cache holds the first `slots` slots of `chain`: make them known.
+
+        Args:
+            tokens: all of the request's.
+            known: the history that it was found under, the first spans of `chain`.
+
+        Returns:
+            The alias of all of `chain`, or None if the cache does not hold all of it.
+        """
+        found = len(known.chain.spans) if known else 0
+        for last in range(found, len(chain.spans)):
+            if chain.spans[last].last_slot <= slots:
+                known = self.add(lookup, tokens, Chain(chain.spans[: last + 1]), known)
+        return known if known is not None and known.chain == chain else None
 
     def add(self, lookup: Lookup, tokens: array[int], chain: Chain, parent: Alias | None) -> Alias:
         """Remember that `tokens`, cut off at the end of `chain`, lie in the slots of `chain`.

@@ -1,21 +1,27 @@
-"""What is particular to SGLang 0.5.17 when a loaded engine is used before it serves."""
+"""Statistics of the model that an engine of SGLang 0.5.17 has loaded, before it serves."""
 
 from __future__ import annotations
 
+import inspect
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import sglang_0517 as adapter
+from sglang_tri.patches.versions.v0_5_17.rotary import find_rotary
+from sglang_tri.patches.versions.v0_5_17.scheduling import attach_state
+from sglang_tri.statistics.moments import Moments
 
 if TYPE_CHECKING:
-    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from sglang_tri.statistics.calibration_text import Tokenizer
+    from sglang_tri.statistics.rope import Rope
 
 
 def tokenizer(scheduler: Scheduler) -> Tokenizer:
@@ -70,13 +76,99 @@ def describe_model(scheduler: Scheduler) -> dict[str, Any]:
     }
 
 
-def rope_settings(config: ModelConfig) -> dict[str, Any]:
-    """RoPE in the model's configuration: `rope_theta`, `rope_type` and what else that has."""
-    from sglang.srt.utils.hf_transformers_utils import get_rope_config
+def model_path(scheduler: Scheduler) -> str:
+    return scheduler.server_args.model_path
 
-    theta, scaling = get_rope_config(config.hf_text_config)
-    settings = dict(scaling or {})
-    return {"rope_type": "default", **settings, "rope_theta": theta}
+
+def layers(scheduler: Scheduler) -> int:
+    """Attention layers of the model."""
+    return scheduler.tp_worker.model_runner.model_config.num_hidden_layers
+
+
+def weights(scheduler: Scheduler) -> Any:
+    """Names and tensors of the model."""
+    return scheduler.tp_worker.model_runner.model.state_dict().items()
+
+
+def moments(scheduler: Scheduler, rope: Rope) -> Moments:
+    """Empty sums for the heads of the model."""
+    model = scheduler.tp_worker.model_runner.model
+    first, *_ = attention_layers(model, layers(scheduler))
+    heads, module = (first.tp_q_head_num, first.tp_k_head_num), find_rotary(model)
+    # Read at each use: the engine may replace the table at its first.
+    return Moments(layers(scheduler), *heads, rope, lambda: module.cos_sin_cache)
+
+
+@contextmanager
+def measuring(
+    scheduler: Scheduler, moments: Moments, progress: Callable[[int], object]
+) -> Iterator[None]:
+    """Inside, `moments` counts every token of a prefill; the pool is empty afterwards.
+
+    Args:
+        progress: called with the number of tokens, after each layer.
+    """
+    runner = scheduler.tp_worker.model_runner
+    seen = attention_layers(runner.model, layers(scheduler))
+    try:
+        with (
+            torch.no_grad(),
+            every_core(),
+            eager_prefill(runner),
+            captured(seen, moments, progress),
+        ):
+            yield
+    finally:
+        _empty_pool(scheduler)
+
+
+def attention_layers(model: torch.nn.Module, layers: int) -> list[RadixAttention]:
+    """The attention layers of `model`, one for each layer of its KV cache.
+
+    Raises:
+        KvPolicyError: layers are missing, doubled, or differ in their heads.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    found = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    heads = {(m.tp_q_head_num, m.tp_k_head_num, m.head_dim) for m in found}
+    if sorted(m.layer_id for m in found) != list(range(layers)) or len(heads) != 1:
+        raise KvPolicyError(
+            f"--kv-stats auto cannot measure {type(model).__name__}: it has {len(found)} attention "
+            f"layers of {len(heads)} geometries for {layers} layers of KV cache. "
+            "Give --kv-stats FILE."
+        )
+    return found
+
+
+@contextmanager
+def captured(
+    layers: list[RadixAttention], moments: Moments, progress: Callable[[int], object]
+) -> Iterator[None]:
+    """Inside, `moments` counts every token that passes through `layers`.
+
+    Args:
+        progress: called with the number of tokens, after each layer.
+    """
+    signature = inspect.signature(type(layers[0]).forward)
+
+    def see(layer: RadixAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = signature.bind(layer, *args, **kwargs).arguments
+        if call["k"] is None:
+            raise KvPolicyError(
+                f"--kv-stats auto cannot measure layer {layer.layer_id}: its attention is given no "
+                "keys. Give --kv-stats FILE."
+            )
+        positions = call["forward_batch"].positions
+        moments.add(layer.layer_id, call["q"], call["k"], positions)
+        progress(len(positions))
+
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -109,7 +201,7 @@ def prefill(scheduler: Scheduler, ids: Sequence[int]) -> None:
 
     runner = scheduler.tp_worker.model_runner
     req = Req("calibration", "", array("q", ids), SamplingParams(max_new_tokens=1))
-    adapter.attach_state(req, None)
+    attach_state(req, None)
     req.init_next_round_input(scheduler.tree_cache)
     req.set_extend_range(0, len(ids))
     batch = ScheduleBatch.init_new(
@@ -132,7 +224,7 @@ def prefill(scheduler: Scheduler, ids: Sequence[int]) -> None:
     scheduler.req_to_token_pool.req_to_token[row] = 0
 
 
-def empty_pool(scheduler: Scheduler) -> None:
+def _empty_pool(scheduler: Scheduler) -> None:
     """Slots, rows, tree and the device's memory as they were when the engine was loaded."""
     from sglang.srt.platforms import current_platform
 

@@ -1,0 +1,21 @@
+"""The adapter for the SGLang that is installed, chosen once."""
+
+from importlib.metadata import version
+
+from sglang_tri.patches.versions import v0_5_17
+from sglang_tri.patches.versions.interface import Adapter
+
+# The newest last.
+FAMILIES = (v0_5_17.ADAPTER,)
+TESTED_VERSIONS = tuple(tested for family in FAMILIES for tested in family.versions)
+
+
+def adapter_for(installed: str) -> Adapter:
+    """The adapter for a version; for one that was not tested that for the newest."""
+    fitting = [family for family in FAMILIES if installed in family.versions]
+    return (fitting or FAMILIES)[-1]
+
+
+adapter = adapter_for(version("sglang"))
+scheduling, loading = adapter.scheduling, adapter.loading
+measuring, serving = adapter.measuring, adapter.serving

@@ -1,0 +1,1 @@
+"""A round, from "these requests are due" to "their rows are moved": `plan`, then `run`."""
