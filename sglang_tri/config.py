@@ -1,19 +1,22 @@
 """The user's settings: names, defaults, help texts and what makes them invalid.
 
-The command line, `sgl.Engine(kv_...=...)` and the README's table follow `FLAGS`; defaults are those
-of `KvPolicyConfig`.
+They are listed once, as the fields of `KvPolicyConfig`; the command line, `sgl.Engine(kv_...=...)`
+and the README's table follow.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, TypeVar
 
 from sglang_tri.errors import KvPolicyError, shown
 from sglang_tri.kernels.select import MODES
 from sglang_tri.policies import POLICIES
+
+T = TypeVar("T")
 
 POLICY_NAMES = ("none", *POLICIES)
 REUSE = ("continuation", "prompt")
@@ -26,11 +29,16 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Flag:
-    """How one setting appears on the command line; `name` is the field of `KvPolicyConfig`."""
+    """How one setting appears on the command line; `name` is the field of `KvPolicyConfig`.
+
+    Text has one of the `choices`, if there are any; a number is `min` or more.
+    """
 
     name: str
+    default: Any
     help: str
-    choices: tuple[str, ...] | None = None
+    choices: tuple[str, ...] | None
+    min: int
 
     @property
     def option(self) -> str:
@@ -40,35 +48,9 @@ class Flag:
     def keyword(self) -> str:
         return PREFIX + self.name
 
-    @property
-    def default(self) -> Any:
-        return KvPolicyConfig.__dataclass_fields__[self.name].default
 
-
-FLAGS = (
-    Flag("policy", "which cached tokens of a long generation are kept", POLICY_NAMES),
-    Flag("budget", "generated tokens kept per request; the prompt is on top"),
-    Flag("interval", "evict when budget + interval generated tokens are resident"),
-    Flag("recent", "most recent tokens always kept, inside the budget"),
-    Flag("sinks", "first generated tokens always kept by 'streaming', inside the budget"),
-    Flag("eviction_mode", "which heads and layers share one set of kept tokens", MODES),
-    Flag("normalize", "z-normalize each query head's scores before they are compared"),
-    Flag("reuse", "what a later request may find of a generation that was evicted from", REUSE),
-    Flag("alias_limit", "compressed generations that can be found again, over all conversations"),
-    Flag("stats", "query statistics: 'auto' measures the model, or a .pt or .safetensors file"),
-    Flag("calibration_text", "UTF-8 text that 'auto' measures with; default: Python's reference"),
-    Flag("calibration_tokens", "tokens of the text that 'auto' measures with"),
-    Flag("allow_untested_sglang", "run on an SGLang version that this release was not tested with"),
-)
-_BY_NAME = {flag.name: flag for flag in FLAGS}
-_SMALLEST = {
-    "budget": 1,
-    "interval": 1,
-    "recent": 0,
-    "sinks": 0,
-    "alias_limit": 1,
-    "calibration_tokens": 1024,
-}
+def _flag(default: T, help: str, choices: tuple[str, ...] | None = None, min: int = 0) -> T:
+    return field(default=default, metadata={"help": help, "choices": choices, "min": min})
 
 
 @dataclass(frozen=True)
@@ -79,19 +61,31 @@ class KvPolicyConfig:
         KvPolicyError: on construction, when a value or a combination cannot work.
     """
 
-    policy: str = "none"
-    budget: int = 2048
-    interval: int = 128
-    recent: int = 16
-    sinks: int = 4
-    eviction_mode: str = "per-head"
-    normalize: bool = True
-    reuse: str = "continuation"
-    alias_limit: int = 4096
-    stats: str = AUTO
-    calibration_text: str | None = None
-    calibration_tokens: int = 16384
-    allow_untested_sglang: bool = False
+    policy: str = _flag("none", "which cached tokens of a long generation are kept", POLICY_NAMES)
+    budget: int = _flag(2048, "generated tokens kept per request; the prompt is on top", min=1)
+    interval: int = _flag(128, "evict when budget + interval generated tokens are resident", min=1)
+    recent: int = _flag(16, "most recent tokens always kept, inside the budget")
+    sinks: int = _flag(4, "first generated tokens always kept by 'streaming', inside the budget")
+    eviction_mode: str = _flag(
+        "per-head", "which heads and layers share one set of kept tokens", MODES
+    )
+    normalize: bool = _flag(True, "z-normalize each query head's scores before they are compared")
+    reuse: str = _flag(
+        "continuation", "what a later request may find of a generation that was evicted from", REUSE
+    )
+    alias_limit: int = _flag(
+        4096, "compressed generations that can be found again, over all conversations", min=1
+    )
+    stats: str = _flag(
+        AUTO, "query statistics: 'auto' measures the model, or a .pt or .safetensors file"
+    )
+    calibration_text: str | None = _flag(
+        None, "UTF-8 text that 'auto' measures with; default: Python's reference"
+    )
+    calibration_tokens: int = _flag(16384, "tokens of the text that 'auto' measures with", min=1024)
+    allow_untested_sglang: bool = _flag(
+        False, "run on an SGLang version that this release was not tested with"
+    )
     explicit: frozenset[str] = field(default_factory=frozenset, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -129,11 +123,10 @@ class KvPolicyConfig:
                 )
 
     def _check_counts(self) -> None:
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if value < smallest:
-                flag = _BY_NAME[name].option
-                raise KvPolicyError(f"{flag} {value} is too small: use {smallest} or more.")
+        for flag in FLAGS:
+            value = getattr(self, flag.name)
+            if isinstance(value, int) and value < flag.min:
+                raise KvPolicyError(f"{flag.option} {value} is too small: use {flag.min} or more.")
         self._check_at_most("recent", "budget", "the recent tokens are kept inside the budget")
         self._check_at_most("sinks", "budget", "the sinks are kept inside the budget")
         self._check_at_most("recent", "interval", "their old and new slots would overlap")
@@ -187,30 +180,27 @@ class KvPolicyConfig:
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> KvPolicyConfig:
         """From `kv_policy=..., kv_budget=...` as `sgl.Engine` takes them; None is the default."""
-        given = {
-            name[len(PREFIX) :]: value for name, value in keywords.items() if value is not None
-        }
+        given = {name.removeprefix(PREFIX): x for name, x in keywords.items() if x is not None}
         return cls(**given, explicit=frozenset(given))
+
+
+FLAGS = tuple(Flag(f.name, f.default, **f.metadata) for f in fields(KvPolicyConfig) if f.metadata)
+_BY_NAME = {flag.name: flag for flag in FLAGS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the "KV policy" group. Every default is None, so that what a user set stays visible."""
     group = parser.add_argument_group("KV policy", "KV-cache eviction by sglang-tri")
     for flag in FLAGS:
-        default = flag.default
-        text = f"{flag.help} (default: {_as_help(default)})"
-        if flag.name == "normalize":
-            action: Any = argparse.BooleanOptionalAction
-            group.add_argument(flag.option, dest=flag.keyword, action=action, help=text)
-        elif isinstance(default, bool):
-            group.add_argument(
-                flag.option, dest=flag.keyword, action="store_true", default=None, help=text
-            )
+        default = {True: "on", False: "off", None: "none"}.get(flag.default, flag.default)
+        text = f"{flag.help} (default: {default})"
+        add = partial(group.add_argument, flag.option, dest=flag.keyword, default=None, help=text)
+        if flag.default is True:
+            add(action=argparse.BooleanOptionalAction)
+        elif flag.default is False:
+            add(action="store_true")
         else:
-            kind = int if isinstance(default, int) else str
-            group.add_argument(
-                flag.option, dest=flag.keyword, type=kind, choices=flag.choices, help=text
-            )
+            add(type=int if isinstance(flag.default, int) else str, choices=flag.choices)
 
 
 def from_namespace(namespace: argparse.Namespace) -> KvPolicyConfig:
@@ -222,17 +212,12 @@ def from_namespace(namespace: argparse.Namespace) -> KvPolicyConfig:
 
 def _check_type(flag: Flag, value: Any) -> None:
     if flag.choices is not None:
-        if value not in flag.choices:
-            raise KvPolicyError(
-                f"{flag.option} {shown(value)} is not known: use one of {', '.join(flag.choices)}."
-            )
-        return
+        if value in flag.choices:
+            return
+        known = ", ".join(flag.choices)
+        raise KvPolicyError(f"{flag.option} {shown(value)} is not known: use one of {known}.")
     if flag.default is None and value is None:
         return
     wanted: type = str if flag.default is None else type(flag.default)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise KvPolicyError(f"{flag.option} {shown(value)} must be of type {wanted.__name__}.")
-
-
-def _as_help(default: Any) -> Any:
-    return {True: "on", False: "off", None: "none"}.get(default, default)
