@@ -130,11 +130,8 @@ class KvPolicyConfig:
         self._check_at_most("recent", "budget", "the recent tokens are kept inside the budget")
         self._check_at_most("sinks", "budget", "the sinks are kept inside the budget")
         self._check_at_most("recent", "interval", "their old and new slots would overlap")
-        if self.policy == "streaming" and self.sinks + self.recent > self.budget:
-            raise KvPolicyError(
-                f"--kv-sinks {self.sinks} and --kv-recent {self.recent} are more than "
-                f"--kv-budget {self.budget} together: make one of them smaller."
-            )
+        if self.enabled:
+            POLICIES[self.policy].check_settings(self)
         if self.enabled and self.continues and self.recent < LEAST_RECENT:
             raise KvPolicyError(
                 f"--kv-recent {self.recent} is too small for --kv-reuse continuation: use "

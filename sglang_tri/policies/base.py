@@ -66,6 +66,10 @@ class Policy(ABC):
         """Whether each layer has kept sets of its own."""
         return False
 
+    @classmethod  # noqa: B027 - most take any settings.
+    def check_settings(cls, settings: KvPolicyConfig) -> None:
+        """Raise `KvPolicyError` where the policy cannot work with `settings`."""
+
 
 class DirectPolicy(Policy):
     """A policy that needs no scores: it says at once which rows move."""
