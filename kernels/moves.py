@@ -1,10 +1,12 @@
-"""What a selection comes to: rows to copy within each request's candidates."""
+"""How much is kept, how it is selected, and what comes of it: rows to copy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+MODES = ("per-head", "per-layer-per-head", "union")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,54 @@ class Budgets:
     def part(self, first: int, last: int) -> Budgets:
         """Requests [first, last)."""
         return Budgets(self.kept[first:last], self.recent[first:last], self.largest)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the best candidates are found.
+
+    In this order: z-norm of each query head's row, maximum over the query heads of a KV head, and
+    the mode: `per-head` takes the mean over layers, `per-layer-per-head` a set for each layer,
+    `union` the maximum over all. The lowest index wins a tie.
+
+    Attributes:
+        kv_heads: the number of query heads is a multiple of it.
+        mode: one of `MODES`.
+        normalize: whether rows are z-normed.
+        keep_order: whether the kept rows stay in order; otherwise holes are filled.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    kv_heads: int
+    mode: str
+    normalize: bool = True
+    keep_order: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown selection mode {self.mode!r}: use one of {', '.join(MODES)}")
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether each layer has kept sets of its own."""
+        return self.mode == "per-layer-per-head"
+
+    @property
+    def heads(self) -> int:
+        """How many kept sets a layer has."""
+        return 1 if self.mode == "union" else self.kv_heads
+
+    @property
+    def aggregation_identity(self) -> float:
+        """What no layers come to: aggregation starts from it."""
+        return -torch.inf if self.mode == "union" else 0.0
+
+    def check(self, query_heads: int) -> None:
+        """Raise `ValueError` if the KV heads cannot share them evenly."""
+        if query_heads % self.kv_heads:
+            raise ValueError(f"{query_heads} query heads do not fit {self.kv_heads} KV heads")
 
 
 @dataclass(frozen=True)

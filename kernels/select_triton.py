@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sglang_tri.kernels.device import candidates_of, kernel
-from sglang_tri.kernels.moves import Budgets, Moves
+from sglang_tri.kernels.moves import Budgets, Moves, Selection
 from sglang_tri.kernels.pages import Pages
 from sglang_tri.kernels.scores import EPSILON, SPLITS, Scores
 from sglang_tri.kernels.workspace import Workspace
@@ -23,45 +23,34 @@ TILE = 256
 _ROWS = 32
 _BLOCK = 2048
 
-Sets = tuple[int, int, int]
-
 
 def select(
     scores: Scores,
     pages: Pages,
     budgets: Budgets,
-    shape: Sets,
-    mode: str,
-    normalize: bool,
-    keep_order: bool,
+    selection: Selection,
     earlier: torch.Tensor | None,
     workspace: Workspace,
 ) -> Moves:
-    """See `sglang_tri.kernels.select.select`; `shape` is that of the kept sets."""
-    most = budgets.largest
+    """See `sglang_tri.kernels.select.select`."""
+    shape = scores.layers if selection.by_layer else 1, pages.requests, selection.heads
     moves = Moves(
-        workspace.take(*shape, most, dtype=torch.int32),
-        workspace.take(*shape, most, dtype=torch.int32),
+        workspace.take(*shape, budgets.largest, dtype=torch.int32),
+        workspace.take(*shape, budgets.largest, dtype=torch.int32),
         workspace.take(*shape, dtype=torch.int32),
     )
-    _launch(scores, pages, budgets, moves, mode, normalize, keep_order, earlier, workspace)
+    _launch(scores, pages, budgets, moves, selection, earlier, workspace)
     return moves
 
 
 def aggregate(
-    scores: Scores,
-    pages: Pages,
-    shape: Sets,
-    mode: str,
-    normalize: bool,
-    onto: torch.Tensor,
-    workspace: Workspace,
+    scores: Scores, pages: Pages, selection: Selection, onto: torch.Tensor, workspace: Workspace
 ) -> None:
     """See `sglang_tri.kernels.select.aggregate`."""
-    none = workspace.take(*shape, dtype=torch.int32)
+    none = workspace.take(1, pages.requests, selection.heads, dtype=torch.int32)
     budgets = Budgets(pages.last_page_len, pages.last_page_len, 0)
     moves = Moves(none[..., None], none[..., None], none)
-    _launch(scores, pages, budgets, moves, mode, normalize, False, onto, workspace)
+    _launch(scores, pages, budgets, moves, selection, onto, workspace)
 
 
 def _launch(
@@ -69,9 +58,7 @@ def _launch(
     pages: Pages,
     budgets: Budgets,
     moves: Moves,
-    mode: str,
-    normalize: bool,
-    keep_order: bool,
+    selection: Selection,
     earlier: torch.Tensor | None,
     workspace: Workspace,
 ) -> None:
@@ -98,24 +85,22 @@ def _launch(
             scores.layers,
             budgets.largest,
             int(earlier is not None),
-            int(normalize),
-            **variant(scores.heads, heads, mode, keep_order, pages.page_size),
+            int(selection.normalize),
+            **variant(scores.heads, selection, pages.page_size),
         )
 
 
-def variant(
-    query_heads: int, set_heads: int, mode: str, keep_order: bool, page_size: int
-) -> dict[str, object]:
+def variant(query_heads: int, selection: Selection, page_size: int) -> dict[str, object]:
     """Constants that the kernel is compiled for; none depends on a round."""
-    group = query_heads // set_heads
+    group = query_heads // selection.heads
     columns = min(_ROWS, triton.next_power_of_2(group))
     return {
-        "MODE": {"per-head": 0, "per-layer-per-head": 1, "union": 2}[mode],
-        "KEEP_ORDER": keep_order,
-        "HEADS": set_heads,
+        "MODE": {"per-head": 0, "per-layer-per-head": 1, "union": 2}[selection.mode],
+        "KEEP_ORDER": selection.keep_order,
+        "HEADS": selection.heads,
         "GROUP": group,
         "COLUMNS": columns,
-        "LAYERS_AT_ONCE": 1 if mode == "per-layer-per-head" else _ROWS // columns,
+        "LAYERS_AT_ONCE": 1 if selection.by_layer else _ROWS // columns,
         "PAGE_SIZE": page_size,
         "SPLITS": SPLITS,
         "EPSILON": EPSILON,

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from sglang_tri.errors import KvPolicyError, shown
-from sglang_tri.kernels.select import MODES
+from sglang_tri.kernels.moves import MODES
 from sglang_tri.policies import POLICIES
 
 T = TypeVar("T")

@@ -13,6 +13,7 @@ import torch
 from bench import kernels
 from bench.kernelbench import baselines, cells, geometry, goals, pool, timing
 from sglang_tri.kernels import compact, score, select
+from sglang_tri.kernels.moves import Selection
 from sglang_tri.statistics.virtual_queries import OFFSETS
 from tests.interpreted import INTERPRET, ON_GPU
 
@@ -87,9 +88,8 @@ def test_the_round_in_torch_leaves_what_the_product_leaves(tiny: pool.Pool) -> N
     some = tiny.candidates()[0]
     model, cache = TINY.model, tiny.cache
     scores = score.score(some.keys, some.pages, tiny.statistics.queries(), some.logical)
-    moves = select.select(
-        scores, some.pages, some.budgets, model.kv_heads, "per-head", keep_order=True
-    )
+    selection = Selection(model.kv_heads, "per-head", keep_order=True)
+    moves = select.select(scores, some.pages, some.budgets, selection)
     other = pool.Pool.of(TINY, 2, CPU)
     batch = other.batch(0, TINY.requests)
     baselines.round_in_torch(batch, baselines.folded(batch, other.statistics.queries()))

@@ -21,7 +21,7 @@ from bench.kernelbench.pool import Pool
 from bench.kernelbench.timing import Times, measure
 from sglang_tri.execution import execute
 from sglang_tri.kernels.compact import compact
-from sglang_tri.kernels.moves import Moves
+from sglang_tri.kernels.moves import Moves, Selection
 from sglang_tri.kernels.score import score
 from sglang_tri.kernels.score_triton import BUFFERS
 from sglang_tri.kernels.scores import Scores
@@ -171,11 +171,9 @@ class Operations:
         )
 
     def _select(self, scores: Scores, some: Candidates, keep_order: bool) -> Moves:
-        heads, mode = self.cell.model.kv_heads, some.settings.eviction_mode
-        normalize, memory = some.settings.normalize, self.memory
-        return select(
-            scores, some.pages, some.budgets, heads, mode, normalize, keep_order, None, memory
-        )
+        heads, settings = self.cell.model.kv_heads, some.settings
+        selection = Selection(heads, settings.eviction_mode, settings.normalize, keep_order)
+        return select(scores, some.pages, some.budgets, selection, workspace=self.memory)
 
     def _round(self, moved: int) -> Result:
         policy, cache = TriAttention(), self.pool.cache

@@ -11,9 +11,9 @@ import torch
 
 from sglang_tri.kernels import compact_triton, score_triton, select_triton
 from sglang_tri.kernels.backend import Traits
+from sglang_tri.kernels.moves import MODES, Selection
 from sglang_tri.kernels.pages import PagedBuffers
 from sglang_tri.kernels.queries import Queries
-from sglang_tri.kernels.select import MODES
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Geometry:
             self.rotary_dim or self.head_dim,
             self.interleaved,
         )
-        heads = 1 if self.mode == "union" else self.kv_heads
+        selection = Selection(self.kv_heads, self.mode, keep_order=self.keep_order)
         score, double = (
             score_triton.variant(cache, queries, False, device, self.squared, buffers)
             for buffers in (1, 2)
@@ -63,10 +63,8 @@ class Geometry:
         return {
             "score": score,
             "score, 2 buffers": double,
-            "select": select_triton.variant(
-                self.query_heads, heads, self.mode, self.keep_order, self.page_size
-            ),
-            "compact": compact_triton.variant(cache, heads > 1),
+            "select": select_triton.variant(self.query_heads, selection, self.page_size),
+            "compact": compact_triton.variant(cache, selection.heads > 1),
         }
 
 

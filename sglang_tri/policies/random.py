@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_tri.kernels.moves import Moves
+from sglang_tri.kernels.moves import Moves, Selection
 from sglang_tri.kernels.scores import Scores
 from sglang_tri.kernels.select import select
 from sglang_tri.policies.base import Candidates, DirectPolicy
@@ -24,10 +24,7 @@ class Random(DirectPolicy):
             Scores.of(draw(candidates.logical, heads, pages.longest)[None], pages.counts()),
             pages,
             candidates.budgets,
-            heads,
-            "per-head",
-            normalize=False,
-            keep_order=True,
+            Selection(heads, "per-head", normalize=False, keep_order=True),
             workspace=candidates.workspace,
         )
 

@@ -9,10 +9,10 @@ import torch
 
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.compact import compact, joined
-from sglang_tri.kernels.moves import Moves
+from sglang_tri.kernels.moves import Moves, Selection
 from sglang_tri.kernels.pages import PagedBuffers, Pages
 from sglang_tri.kernels.scores import SPLITS
-from sglang_tri.kernels.select import aggregate, nothing, select
+from sglang_tri.kernels.select import aggregate, select
 from sglang_tri.kernels.workspace import ALIGNMENT
 from sglang_tri.policies.base import Candidates, DirectPolicy, Policy, ScoringPolicy
 from sglang_tri.round.plan import Round, upload
@@ -58,33 +58,35 @@ def _choose(policy: Policy, candidates: Candidates, step: int) -> Moves:
     if not isinstance(policy, ScoringPolicy):
         raise TypeError(f"{type(policy).__name__} is neither a DirectPolicy nor a ScoringPolicy")
     settings = candidates.settings
+    heads, mode = candidates.keys.heads, settings.eviction_mode
+    selection = Selection(heads, mode, settings.normalize, policy.keeps_order)
     *before, last = range(0, candidates.layers, step)
-    earlier = _aggregate(policy, candidates, before, step) if before else None
+    earlier = _aggregate(policy, candidates, selection, before, step) if before else None
     return select(
         policy.score(slice_layers(candidates, last, candidates.layers)),
         candidates.pages,
         candidates.budgets,
-        candidates.keys.heads,
-        settings.eviction_mode,
-        settings.normalize,
-        policy.keeps_order,
+        selection,
         earlier,
         candidates.workspace,
     )
 
 
 def _aggregate(
-    policy: ScoringPolicy, candidates: Candidates, firsts: list[int], step: int
+    policy: ScoringPolicy,
+    candidates: Candidates,
+    selection: Selection,
+    firsts: list[int],
+    step: int,
 ) -> torch.Tensor:
     """What the layers from each of `firsts` on come to, `step` at a time."""
-    settings, pages, memory = candidates.settings, candidates.pages, candidates.workspace
-    heads, mode = candidates.keys.heads, settings.eviction_mode
-    shape = (1, pages.requests, 1 if mode == "union" else heads, pages.longest)
-    rows = memory.take(*shape, dtype=torch.float32).fill_(nothing(mode))
+    pages, memory = candidates.pages, candidates.workspace
+    shape = (1, pages.requests, selection.heads, pages.longest)
+    rows = memory.take(*shape, dtype=torch.float32).fill_(selection.aggregation_identity)
     used = memory.used
     for first in firsts:
         scores = policy.score(slice_layers(candidates, first, first + step))
-        aggregate(scores, pages, heads, mode, rows, settings.normalize, memory)
+        aggregate(scores, pages, selection, rows, memory)
         memory.reset(used)
     return rows
 

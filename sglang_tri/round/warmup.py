@@ -10,7 +10,7 @@ import torch
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.engine import Engine
 from sglang_tri.history import Lookup
-from sglang_tri.kernels.select import MODES
+from sglang_tri.kernels.moves import MODES
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.policies import POLICIES
 from sglang_tri.request.region import Region

@@ -16,8 +16,8 @@ from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.execution import Cache
 from sglang_tri.kernels import compact_triton, score_triton, select_triton
+from sglang_tri.kernels.moves import MODES
 from sglang_tri.kernels.queries import Queries
-from sglang_tri.kernels.select import MODES
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.parts import Geometry, Parts
 from sglang_tri.rounds import Due, RequestState, Round

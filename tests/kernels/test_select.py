@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_tri.kernels.moves import Budgets, Moves
+from sglang_tri.kernels.moves import MODES, Budgets, Moves, Selection
 from sglang_tri.kernels.scores import Scores
-from sglang_tri.kernels.select import MODES, aggregate, keep, nothing, select
+from sglang_tri.kernels.select import aggregate, keep, select
 from sglang_tri.kernels.workspace import Workspace
 from tests.kernels.layouts import Paged
 
@@ -81,10 +81,7 @@ def check(
         Scores.of(rows.to(device), torch.tensor(counts, device=device)),
         layout.pages(device),
         Budgets.equal(len(counts), budget, recent, device),
-        heads,
-        mode,
-        normalize,
-        keep_order,
+        Selection(heads, mode, normalize, keep_order),
     )
     packed = moves.packed(budget).cpu()
     for request, count in enumerate(counts):
@@ -151,9 +148,7 @@ def test_ragged_budgets(device: torch.device) -> None:
         Scores.of(rows.to(device), torch.tensor(counts, device=device)),
         layout_of(counts).pages(device),
         Budgets(*numbers, 20),
-        1,
-        "per-head",
-        normalize=False,
+        Selection(1, "per-head", normalize=False),
     )
     for request, count in enumerate(counts):
         budget, last = kept[request], recent[request]
@@ -169,18 +164,19 @@ def test_layers_after_one_another(device: torch.device, mode: str) -> None:
     scores = Scores.of(rows.to(device), counts)
     pages = layout_of([300, 170]).pages(device)
     budgets = Budgets.equal(2, 50, 4, device)
-    whole = select(scores, pages, budgets, 2, mode)
+    selection = Selection(2, mode)
+    whole = select(scores, pages, budgets, selection)
     heads = 1 if mode == "union" else 2
-    earlier = torch.full((1, 2, heads, 300), nothing(mode), device=device)
+    earlier = torch.full((1, 2, heads, 300), selection.aggregation_identity, device=device)
     workspace = Workspace(1 << 20, device)
     for first, last in ((0, 2), (2, 4)):
         part = Scores(scores.rows[first:last], scores.moments[:, first:last].contiguous())
-        aggregate(part, pages, 2, mode, earlier, workspace=workspace)
+        aggregate(part, pages, selection, earlier, workspace)
     rest = Scores(scores.rows[4:], scores.moments[:, 4:].contiguous())
-    parts = select(rest, pages, budgets, 2, mode, earlier=earlier, workspace=workspace)
+    parts = select(rest, pages, budgets, selection, earlier, workspace)
     assert torch.equal(parts.packed(50), whole.packed(50))
     with pytest.raises(ValueError, match="aggregates no layers"):
-        aggregate(rest, pages, 2, "per-layer-per-head", earlier)
+        aggregate(rest, pages, Selection(2, "per-layer-per-head"), earlier)
 
 
 def test_the_same_each_time(device: torch.device) -> None:
@@ -191,7 +187,7 @@ def test_the_same_each_time(device: torch.device) -> None:
     found = []
     for _ in range(3):
         workspace.reset()
-        moves = select(scores, pages, budgets, 2, "per-head", workspace=workspace)
+        moves = select(scores, pages, budgets, Selection(2, "per-head"), workspace=workspace)
         found.append(moves.packed(100).clone())
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -208,9 +204,7 @@ def test_norm_comes_before_the_group_maximum(device: torch.device) -> None:
             Scores.of(scores, torch.tensor([6], device=device)),
             pages,
             budgets,
-            1,
-            "per-head",
-            normalize,
+            Selection(1, "per-head", normalize),
         )
         assert moves.packed(1).flatten().tolist() == [expected]
 
@@ -225,9 +219,9 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     scores = Scores.of(few_values(1, 1, 3, 9).to(device), torch.tensor([9], device=device))
     pages, budgets = layout_of([9]).pages(device), Budgets.equal(1, 4, 1, device)
     with pytest.raises(ValueError, match="mode 'both'"):
-        select(scores, pages, budgets, 1, "both")
+        Selection(1, "both")
     with pytest.raises(ValueError, match="3 query heads do not fit 2"):
-        select(scores, pages, budgets, 2, "union")
+        select(scores, pages, budgets, Selection(2, "union"))
     with pytest.raises(ValueError, match="cannot keep 3"):
         Budgets.equal(1, 3, 4)
 
@@ -240,10 +234,7 @@ def test_moves_of_kept_sets_are_those_of_selection(device: torch.device) -> None
             Scores.of(rows.to(device), torch.tensor([50], device=device)),
             layout_of([50]).pages(device),
             Budgets.equal(1, 20, 4, device),
-            1,
-            "per-head",
-            False,
-            keep_order,
+            Selection(1, "per-head", False, keep_order),
         )
         kept = torch.tensor(plain_keep(rows.flatten().tolist(), 20, 4))
         stated = Moves.keeping(kept[None, None, None], 50, 4, keep_order)
