@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from sglang_tri.aliases import AliasStore, Lookup
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.execution import Cache
-from sglang_tri.patches import active, decode
-from sglang_tri.patches import sglang_0517 as adapter
-from sglang_tri.rounds import RequestState
-from sglang_tri.runtime import Runtime
+from sglang_tri.engine import Engine
+from sglang_tri.history import Lookup
+from sglang_tri.patches import scheduler
+from sglang_tri.patches.versions import scheduling
+from sglang_tri.request.request import Request
+from sglang_tri.round.run import KvCache
 
 BUDGET, INTERVAL, PROMPT = 256, 64, 128
 REPEATS = 200
@@ -30,9 +30,9 @@ def measure(requests: int) -> dict[str, float]:
         due, divided by their number.
     """
     batch = _make_batch(requests)
-    decode.plan_rounds(batch)
-    idle = _median_us(lambda: decode.plan_rounds(batch), lambda: None)
-    due = _median_us(lambda: decode.plan_rounds(batch), lambda: _fill(batch))
+    scheduler.plan_rounds(batch)
+    idle = _median_us(lambda: scheduler.plan_rounds(batch), lambda: None)
+    due = _median_us(lambda: scheduler.plan_rounds(batch), lambda: _fill(batch))
     return {"requests": requests, "idle_step_us": idle, "due_request_us": due / requests}
 
 
@@ -54,9 +54,7 @@ def _make_batch(requests: int) -> Any:
     size = requests * length
     cache = [torch.zeros(1, 1, 2)]
     settings = KvPolicyConfig(policy="streaming", budget=BUDGET, interval=INTERVAL)
-    runtime = Runtime(settings, Cache.of(cache, cache, 1), requests + 1, page_size=1)
-    scheduler: Any = SimpleNamespace(enable_overlap=False)
-    active.activate(active.Active(runtime, scheduler, AliasStore(1), array("q")))
+    engine = Engine(settings, KvCache.of(cache, cache, 1), requests + 1)
     allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, need_sort=False)
     rows = allocator.alloc(size).view(requests, length).int()
     reqs = [
@@ -64,14 +62,19 @@ def _make_batch(requests: int) -> Any:
             req_pool_idx=index,
             kv_committed_len=PROMPT,
             kv=SimpleNamespace(kv_allocated_len=PROMPT),
-            kv_policy_state=RequestState(str(index), settings, Lookup(None)),
+            output_ids=array("q"),
+            kv_policy_state=Request(str(index), settings, Lookup(None), PROMPT),
         )
         for index in range(requests)
     ]
-    return SimpleNamespace(
-        reqs=reqs,
+    sglang: Any = SimpleNamespace(
+        enable_overlap=False,
         req_to_token_pool=SimpleNamespace(req_to_token=rows),
         token_to_kv_pool_allocator=allocator,
+    )
+    scheduler.activate(scheduler.Active(engine, sglang))
+    return SimpleNamespace(
+        reqs=reqs,
         seq_lens=torch.full((requests,), PROMPT),
         seq_lens_cpu=torch.full((requests,), PROMPT),
         seq_lens_sum=None,
@@ -80,8 +83,8 @@ def _make_batch(requests: int) -> Any:
 
 def _fill(batch: Any) -> None:
     """Make every request due again, as if it had decoded until its region was full."""
-    runtime = active.get().runtime
-    runtime._pending.clear()
+    active = scheduler.active()
+    active.engine._planned.clear()
     for req in batch.reqs:
-        adapter.set_physical_length(req, PROMPT + BUDGET + INTERVAL)
-    batch.token_to_kv_pool_allocator.clear()
+        scheduling.set_physical_length(req, PROMPT + BUDGET + INTERVAL)
+    active.scheduler.token_to_kv_pool_allocator.clear()  # type: ignore[attr-defined]

@@ -13,13 +13,13 @@ from sglang.srt.managers import schedule_policy
 
 from bench.decode_log import DecodeLog
 from bench.simulator.oracle import Oracle
-from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.execution import Cache
-from sglang_tri.footprint import more_slots, slots_for
-from sglang_tri.patches import sglang_0517 as adapter
-from sglang_tri.rounds import RequestState
-from sglang_tri.runtime import Runtime
+from sglang_tri.engine import Engine
+from sglang_tri.history import Lookup
+from sglang_tri.patches.versions import scheduling
+from sglang_tri.request.region import slots_for
+from sglang_tri.request.request import Request
+from sglang_tri.round.run import KvCache
 from tests.client import Ask, recorded_rounds, send, send_all, simulated, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL, SMALL_POOL
@@ -51,24 +51,25 @@ def test_slots_of_an_output(tokens: int, page: int, regions: int, slots: int) ->
 
 def test_a_running_request_takes_what_is_left_until_its_next_round() -> None:
     settings = KvPolicyConfig(policy="streaming", budget=10, interval=5, recent=2, reuse="prompt")
-    state = RequestState("r", settings, Lookup((settings, None)))
-    assert more_slots(state, 100, 1000, 1) == 15
-    state.open_region(100, 1)
-    assert [more_slots(state, physical, 1000, 1) for physical in (100, 109, 115)] == [15, 6, 0]
-    assert more_slots(state, 100, 3, 1) == 3
+    request = Request("r", settings, Lookup((settings, None)), 100)
+    assert request.slots_to_come(100, 1000) == 15
+    request.decoded(100, array("q"))
+    assert [request.slots_to_come(physical, 1000) for physical in (100, 109, 115)] == [15, 6, 0]
+    assert request.slots_to_come(100, 3) == 3
 
 
 def test_sglang_expects_less_only_inside() -> None:
     """And nothing of a request that ignores the end of sequence without a radix cache."""
     clip = schedule_policy.CLIP_MAX_NEW_TOKENS
     req: Any = SimpleNamespace(sampling_params=SimpleNamespace(ignore_eos=True))
-    with contextlib.suppress(RuntimeError), adapter.expecting(req, 7):
+    with contextlib.suppress(RuntimeError), scheduling.expecting(req, 7):
         assert schedule_policy.CLIP_MAX_NEW_TOKENS == 7
         assert not req.sampling_params.ignore_eos
         raise RuntimeError
     assert clip == schedule_policy.CLIP_MAX_NEW_TOKENS
     assert req.sampling_params.ignore_eos
-    assert adapter.clip_estimate(clip + 1) == clip
+    adder: Any = SimpleNamespace(new_token_ratio=0.5)
+    assert scheduling.expected(adder, clip + 1) == clip / 2
 
 
 def test_memory_of_the_policy_itself() -> None:
@@ -77,8 +78,8 @@ def test_memory_of_the_policy_itself() -> None:
     for rows in (10, 4097):
         for budget in (32, 4096):
             settings = KvPolicyConfig(policy="triattention", budget=budget)
-            runtime = Runtime(settings, Cache.of(keys, keys, 1), rows, 1)
-            held = [value for value in vars(runtime).values() if torch.is_tensor(value)]
+            engine = Engine(settings, KvCache.of(keys, keys, 1), rows)
+            held = [value for value in vars(engine).values() if torch.is_tensor(value)]
             assert sum(tensor.nbytes for tensor in held) == 8 * rows
 
 
@@ -86,16 +87,17 @@ def test_an_id_that_is_sent_again() -> None:
     """An aborted request may be released when its id is another request's already."""
     keys = [torch.zeros(64, 2, 8)]
     settings = KvPolicyConfig(policy="streaming", budget=32)
-    runtime = Runtime(settings, Cache.of(keys, keys, 1), rows=2, page_size=1)
-    aborted, again = (runtime.admit("same", array("q", [1]), settings) for _ in range(2))
+    engine = Engine(settings, KvCache.of(keys, keys, 1), rows=2)
+    aborted, again = (engine.queue("same", array("q", [1]), settings) for _ in range(2))
     assert aborted is not None
     assert again is not None
-    again.open_region(40, 1).count_round()
-    runtime.start_prefill(torch.tensor([1]), [again])
-    runtime.close(aborted, 0)
-    assert runtime.shifts_positions
-    runtime.close(again, 40)
-    assert not runtime.shifts_positions
+    again.decoded(40, array("q"))
+    again.evicted()
+    engine.start_prefill(torch.tensor([1]), [again])
+    engine.released(aborted, 0)
+    assert engine.shifts_positions
+    engine.released(again, 40)
+    assert not engine.shifts_positions
 
 
 @SMALL

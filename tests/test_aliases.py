@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_tri.aliases import BLOCK, Alias, AliasStore, Lookup
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.patches import sglang_0517 as adapter
-from sglang_tri.rounds import Region
-from sglang_tri.spans import SYNTHETIC, Chain
+from sglang_tri.history import BLOCK, SYNTHETIC, Alias, AliasStore, Chain, Lookup
+from sglang_tri.patches.versions import scheduling
+from sglang_tri.request.region import Region
 
 SCOPE = "scope"
 
@@ -126,7 +125,7 @@ def test_a_physical_prompt_is_as_long_as_its_slots() -> None:
     prompt = remember(store, tokens, 100)
     answer = remember(store, tokens, 250, prompt, first=125)
     req = SimpleNamespace(origin_input_ids=tokens[:120], output_ids=tokens[120:])
-    with adapter.physical_tokens(req, answer.chain):
+    with scheduling.physical_tokens(req, answer.chain):
         assert len(req.origin_input_ids) == 120 - prompt.chain.delta
         assert req.origin_input_ids + req.output_ids == answer.chain.physical_ids(tokens)
     assert (req.origin_input_ids, req.output_ids) == (tokens[:120], tokens[120:])

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.patches import calibration, cli
-from sglang_tri.patches import engine_0517 as engine
+from sglang_tri.patches import calibrate, cli
+from sglang_tri.patches.versions.v0_5_17 import measuring
 from sglang_tri.statistics import Statistics, cache, model_rope
 from tests.kernels.test_published import made_statistics
 from tests.test_calibration_text import Bytes
@@ -34,14 +34,12 @@ class Server:
         self.length = 512
         self.path = "tiny"
         monkeypatch.setenv(cache.FOLDER, str(folder))
-        monkeypatch.setattr(engine, "describe_model", lambda _: self.description)
-        monkeypatch.setattr(engine, "tokenizer", lambda _: Bytes())
-        monkeypatch.setattr(engine, "longest_prefill", lambda _: self.length)
-        monkeypatch.setattr(calibration, "_measure", self._measure)
+        monkeypatch.setattr(measuring, "describe_model", lambda _: self.description)
+        monkeypatch.setattr(measuring, "tokenizer", lambda _: Bytes())
+        monkeypatch.setattr(measuring, "longest_prefill", lambda _: self.length)
+        monkeypatch.setattr(calibrate, "_measure", self._measure)
 
-    def _measure(
-        self, scheduler: Any, sequences: Any, module: Any, rope: Any, metadata: Any
-    ) -> Statistics:
+    def _measure(self, scheduler: Any, sequences: Any, rope: Any, metadata: Any) -> Statistics:
         self.measured += 1
         return replace(made_statistics(2, 2, 16), metadata=metadata, path="")
 
@@ -50,7 +48,7 @@ class Server:
         worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
         args = SimpleNamespace(model_path=self.path)
         scheduler: Any = SimpleNamespace(tp_worker=worker, server_args=args)
-        return calibration.automatic(scheduler, settings, None, rope)  # type: ignore[arg-type]
+        return calibrate.automatic(scheduler, settings, rope)
 
 
 @pytest.fixture

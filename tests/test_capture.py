@@ -12,8 +12,7 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import capture
-from sglang_tri.patches import engine_0517 as engine
+from sglang_tri.patches.versions.v0_5_17 import measuring
 
 
 def attention(layer: int, heads: int = 4) -> RadixAttention:
@@ -33,7 +32,7 @@ def attention(layer: int, heads: int = 4) -> RadixAttention:
 )
 def test_other_layers_than_the_cache_has(layers: list[RadixAttention]) -> None:
     with pytest.raises(KvPolicyError, match="cannot measure ModuleList"):
-        capture.attention_layers(torch.nn.ModuleList(layers), 2)
+        measuring.attention_layers(torch.nn.ModuleList(layers), 2)
 
 
 class Seen:
@@ -49,10 +48,10 @@ class Seen:
 def test_positional_and_named_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models call attention either way; afterwards nobody listens."""
     monkeypatch.setattr(RadixAttention, "forward", _forward)
-    layers = capture.attention_layers(torch.nn.ModuleList([attention(1), attention(0)]), 2)
+    layers = measuring.attention_layers(torch.nn.ModuleList([attention(1), attention(0)]), 2)
     batch, seen = SimpleNamespace(positions="ppp"), Seen()
     progress: list[int] = []
-    with capture.captured(layers, seen, progress.append):  # type: ignore[arg-type]
+    with measuring.captured(layers, seen, progress.append):  # type: ignore[arg-type]
         layers[0]("q", "k", "v", batch)
         layers[1]("q", k="k", v="v", forward_batch=batch, save_kv_cache=False)
         with pytest.raises(KvPolicyError, match=r"layer 1.*given no keys"):
@@ -70,7 +69,7 @@ def _forward(
 
 def test_prefill_graphs_are_put_back() -> None:
     runner: Any = SimpleNamespace(prefill_cuda_graph_runner="graphs")
-    with contextlib.suppress(RuntimeError), engine.eager_prefill(runner):
+    with contextlib.suppress(RuntimeError), measuring.eager_prefill(runner):
         assert runner.prefill_cuda_graph_runner is None
         raise RuntimeError
     assert runner.prefill_cuda_graph_runner == "graphs"
@@ -93,7 +92,7 @@ def test_longest_prefill(chunk: int | None, context: int, pool: int, expected: i
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model_config=config)),
         max_total_num_tokens=pool,
     )
-    assert engine.longest_prefill(scheduler) == expected
+    assert measuring.longest_prefill(scheduler) == expected
 
 
 def test_the_tokenizer_of_a_server_that_has_none(servers: Any, tmp_path: Path) -> None:
@@ -105,7 +104,7 @@ def test_the_tokenizer_of_a_server_that_has_none(servers: Any, tmp_path: Path) -
         )
         return SimpleNamespace(tokenizer=None, server_args=args)
 
-    found = engine.tokenizer(without(str(servers.model("qwen3"))))
+    found = measuring.tokenizer(without(str(servers.model("qwen3"))))
     assert found.encode("abc") == [97, 98, 99]
     with pytest.raises(KvPolicyError, match=f"{tmp_path} needs its tokenizer"):
-        engine.tokenizer(without(str(tmp_path)))
+        measuring.tokenizer(without(str(tmp_path)))

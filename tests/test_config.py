@@ -61,7 +61,7 @@ def test_command_line_and_keywords_agree() -> None:
         ),
         ({"alias_limit": 0}, ["--kv-alias-limit 0", "1 or more"]),
         ({"reuse": "all"}, ["--kv-reuse 'all'", "continuation, prompt"]),
-        ({"policy": "snapkv"}, ["--kv-policy 'snapkv'", "triattention-variance, streaming"]),
+        ({"policy": "snapkv"}, ["--kv-policy 'snapkv'", "random, streaming, triattention"]),
         ({"eviction_mode": "all"}, ["--kv-eviction-mode 'all'", "union"]),
         ({"budget": 1.5}, ["--kv-budget 1.5", "int"]),
         ({"normalize": 1}, ["--kv-normalize 1", "bool"]),

@@ -27,11 +27,11 @@ from hypothesis.stateful import (
 )
 
 from sglang_tri import config
-from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.patches import active, request_settings
+from sglang_tri.engine import Engine
+from sglang_tri.history import Lookup
+from sglang_tri.patches import request_settings, scheduler
 from sglang_tri.policies import POLICIES
-from sglang_tri.runtime import Runtime
 from tests.histories.asks import (
     ASKS,
     KEYS,
@@ -104,12 +104,13 @@ class Histories(RuleBasedStateMachine):
         memory = Memory(self.setup.slots + self.page_size, self.page_size)
         self.mark, self.policy = mark, KvPolicyConfig(**POLICY)
         self.loop = Loop(self.setup, self._forward, self._before_decode)
-        self.runtime = Runtime(self.policy, memory.cache, ROWS + 1, self.page_size)
+        self.engine = Engine(self.policy, memory.cache, ROWS + 1, think_mark=array("q", mark))
         store, tree = Store(limit, deaf), Tree(self.loop.tree_cache)
-        active.activate(active.Active(self.runtime, self.loop, store, array("q", mark)))
+        self.engine.aliases = store
+        scheduler.activate(scheduler.Active(self.engine, self.loop))
         rows = self.loop.req_to_token_pool.req_to_token
         self.book = Book(self.setup, memory, rows, tree, store)
-        self.audit = Audit(self.loop, self.runtime, self.book, memory, tree, store)
+        self.audit = Audit(self.loop, self.engine, self.book, memory, tree, store)
         self.texts: list[Text] = []
         self.asked: dict[str, Text] = {}
         self.number = 0

@@ -14,20 +14,21 @@ import pytest
 
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import arrival, cli, flags, hooks, launch, responses, table
+from sglang_tri.patches import arrival, cli, hooks, server, table
 from sglang_tri.patches.hooks import BEFORE, Hook
-from sglang_tri.patches.responses import KEY, READY
+from sglang_tri.patches.server import KEY, READY
 
 TARGET = "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem"
 
 
 def hook(target: str = TARGET, parameters: tuple[str, ...] = ("self",)) -> Hook:
-    return Hook("test", target, BEFORE, lambda *args, **kwargs: None, parameters, "test")
+    return Hook("test", target, BEFORE, "scheduler.plan_rounds", parameters, "test")
 
 
 @pytest.mark.parametrize("row", table.TABLE, ids=lambda row: row.target.rsplit(".", 1)[-1])
 def test_every_hook_fits_this_sglang(row: Hook) -> None:
     assert hooks.probe(row) == ""
+    assert callable(row.load())
 
 
 def test_a_missing_or_changed_target_is_named() -> None:
@@ -82,12 +83,12 @@ def test_a_scheduler_without_the_policy_is_noticed() -> None:
     server_args = SimpleNamespace()
     info = {"status": "ready"}
     launched = (None, None, None, SimpleNamespace(scheduler_infos=[info]))
-    launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
-    vars(server_args)[flags._ATTRIBUTE] = KvPolicyConfig(policy="streaming").to_dict()
+    server.confirm(launched, object, server_args)  # type: ignore[arg-type]
+    vars(server_args)[server._ATTRIBUTE] = KvPolicyConfig(policy="streaming").to_dict()
     with pytest.raises(RuntimeError, match="not active in the scheduler"):
-        launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
+        server.confirm(launched, object, server_args)  # type: ignore[arg-type]
     info[READY] = "streaming"
-    launch.confirm(launched, object, server_args)  # type: ignore[arg-type]
+    server.confirm(launched, object, server_args)  # type: ignore[arg-type]
     assert info == {"status": "ready"}
 
 
@@ -99,15 +100,15 @@ def test_an_engine_without_a_policy_beside_one_with() -> None:
     async def states(_: Any) -> list[dict[str, Any]]:
         return [{}, {KEY: {"requests_refused": 2}}]
 
-    found = asyncio.run(responses.add_refused(states, manager))
+    found = asyncio.run(arrival.add_refused(states, manager))
     assert found == [{}, {KEY: {"requests_refused": 3}}]
 
 
 def test_a_copy_that_lost_the_policy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_prepared", True)
+    monkeypatch.setattr(server, "_prepared", True)
     launched = (None, None, None, SimpleNamespace(scheduler_infos=[{"status": "ready"}]))
     with pytest.raises(RuntimeError, match="does not have it"):
-        launch.confirm(launched, object, SimpleNamespace())  # type: ignore[arg-type]
+        server.confirm(launched, object, SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_doctor_says_that_it_would_run() -> None:

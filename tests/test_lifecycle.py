@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import decode, lifecycle, memory
-from sglang_tri.patches import sglang_0517 as adapter
+from sglang_tri.patches import scheduler as hooks
+from sglang_tri.patches.versions.v0_5_17 import loading, scheduling
 
 
 class OtherCache:
@@ -25,13 +26,12 @@ def scheduler(**values: Any) -> Any:
 
 def test_another_prefix_cache() -> None:
     with pytest.raises(KvPolicyError, match="OtherCache"):
-        lifecycle._check_tree(scheduler(tree_cache=OtherCache()))
+        loading._check_tree(OtherCache())
 
 
 def test_another_pool() -> None:
-    allocator = SimpleNamespace(get_kvcache=OtherCache)
     with pytest.raises(KvPolicyError, match="OtherCache"):
-        lifecycle._read_pool(scheduler(token_to_kv_pool_allocator=allocator))
+        loading._check_pool(OtherCache())
 
 
 def test_a_window_in_one_layer() -> None:
@@ -40,13 +40,14 @@ def test_a_window_in_one_layer() -> None:
     def layer(number: int, window: int) -> RadixAttention:
         return RadixAttention(2, 16, 1.0, 1, layer_id=number, sliding_window_size=window)
 
-    lifecycle._check_windows(torch.nn.ModuleList([layer(0, -1), layer(1, -1)]))
+    loading._check_windows(torch.nn.ModuleList([layer(0, -1), layer(1, -1)]))
     with pytest.raises(KvPolicyError, match=r"window of 128 tokens \(layer 1\)"):
-        lifecycle._check_windows(torch.nn.ModuleList([layer(0, -1), layer(1, 128)]))
+        loading._check_windows(torch.nn.ModuleList([layer(0, -1), layer(1, 128)]))
 
 
-def test_scales_of_stored_keys() -> None:
-    """Where the cache has 8 bits, scores count what a stored key stands for."""
+@pytest.mark.parametrize("name", ["k_scale_float", "v_scale_float"])
+def test_scales_of_stored_rows(name: str) -> None:
+    """Where the cache has 8 bits, scores count what a stored row stands for."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     layers = [RadixAttention(2, 16, 1.0, 1, layer_id=number) for number in (1, 0)]
@@ -58,12 +59,12 @@ def test_scales_of_stored_keys() -> None:
     plain_pool: Any = SimpleNamespace(
         k_buffer=buffers, dtype=torch.bfloat16, store_dtype=torch.bfloat16
     )
-    assert lifecycle._key_scale(model, bytes_pool) is None
-    layers[0].k_scale_float = 0.5
-    found = lifecycle._key_scale(model, bytes_pool)
+    assert loading._scale(model, bytes_pool, name) is None
+    setattr(layers[0], name, 0.5)
+    found = loading._scale(model, bytes_pool, name)
     assert found is not None
     assert found.tolist() == [1.0, 0.5]
-    assert lifecycle._key_scale(model, plain_pool) is None
+    assert loading._scale(model, plain_pool, name) is None
 
 
 @pytest.mark.parametrize(
@@ -94,20 +95,22 @@ def test_a_running_forward_pass_is_waited_for(
         steps.append("plan")
         return torch.zeros(0, dtype=torch.int64)
 
+    free = SimpleNamespace(free_segment=lambda *args, **kwargs: steps.append("free"))
     everything = SimpleNamespace(
         scheduler=scheduler(
+            token_to_kv_pool_allocator=free,
+            req_to_token_pool=SimpleNamespace(req_to_token=None),
             enable_overlap=overlap,
             schedule_stream=stream,
             forward_stream="forward",
             _war_barrier_enabled=barrier,
             server_args=SimpleNamespace(get_attention_backends=lambda: ("fa3", backend)),
         ),
-        runtime=SimpleNamespace(plan=planned),
+        engine=SimpleNamespace(plan_rounds=planned),
     )
-    monkeypatch.setenv(decode.WAIT, forced)
-    monkeypatch.setattr(decode.active, "get", lambda: everything)
-    allocator: Any = SimpleNamespace(free_segment=lambda *args, **kwargs: steps.append("free"))
-    decode.plan([], torch.zeros(1, 1), allocator)
+    monkeypatch.setenv(hooks.WAIT, forced)
+    monkeypatch.setattr(hooks, "active", lambda: everything)
+    hooks.evict({})
     assert steps == ["wait for forward"] * waits + ["plan", "free"]
 
 
@@ -147,14 +150,15 @@ def test_who_reads_the_slot_table_inside_a_decode_graph() -> None:
 
     done = subprocess.run([sys.executable, "-c", IN_GRAPHS], capture_output=True, text=True)
     assert done.stdout.split()[-4:] == ["nothing"] * 3 + ["looks"], done.stderr
-    assert {"fa3", "fa4", "flashinfer", "triton"} == set(adapter._READ_BEFORE_GRAPHS)
-    assert set(adapter._READ_BEFORE_GRAPHS) < set(ATTENTION_BACKEND_CHOICES)
+    assert {"fa3", "fa4", "flashinfer", "triton"} == set(scheduling._READ_BEFORE_GRAPHS)
+    assert set(scheduling._READ_BEFORE_GRAPHS) < set(ATTENTION_BACKEND_CHOICES)
 
 
 def test_scratch_is_reserved_before_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_workspace", None)
+    monkeypatch.setattr(hooks, "_workspace", None)
     with pytest.raises(RuntimeError, match="before the policy's memory"):
-        memory.reserved()
+        hooks._build(scheduler(), KvPolicyConfig("streaming"))
     runner: Any = SimpleNamespace(device="cpu")
-    memory.reserve(runner)
-    assert memory.reserved().size == 64 << 20
+    hooks.reserve_workspace(runner)
+    assert hooks._workspace is not None
+    assert hooks._workspace.size == 64 << 20

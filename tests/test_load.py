@@ -46,7 +46,7 @@ from bench.load.workloads import (
 from bench.server import STOCK_ENVIRONMENT
 from bench.tiny_models import make_model
 from bench.tiny_tokenizer import write_printable_tokenizer
-from sglang_tri.patches import decode
+from sglang_tri.patches.scheduler import WAIT
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
 
@@ -218,7 +218,7 @@ def test_arms_have_the_same_pool() -> None:
         Arm("clip 64", common, clipped),
         Arm(CONSTRAINED, [*common, *plain], STOCK_ENVIRONMENT),
         Arm(POLICY, [*common, *policy]),
-        Arm(WAITING, [*common, *policy], {decode.WAIT: "1"}),
+        Arm(WAITING, [*common, *policy], {WAIT: "1"}),
     ]
     assert "--max-total-tokens" not in make_arms(LARGE, names, None, "auto", [])[0].arguments
     assert make_arms(TINY, [POLICY, PRODUCTION], 1000, "file", ["--page-size", "4"]) == [

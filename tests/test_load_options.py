@@ -14,8 +14,7 @@ from bench.load.options import parse
 from bench.load.presets import PRESETS, WAVES
 from bench.load.workloads import NEVER
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.footprint import slots_for
-from sglang_tri.rounds import Region, head_start
+from sglang_tri.request.region import Region, slots_for, stagger_slots
 
 TINY, QUICK = PRESETS["tiny"], PRESETS["quick"]
 BOTH = ["--arms", PRODUCTION, POLICY]
@@ -114,6 +113,6 @@ def test_a_load_that_is_never_evicted_from(budget: int, interval: int, page_size
     settings = KvPolicyConfig(policy=POLICY, budget=budget, interval=interval)
     for seed in range(200):
         prompt = array("q", (random.Random(seed).randrange(256) for _ in range(40)))
-        early = head_start(settings, prompt, page_size)
+        early = stagger_slots(settings, prompt, page_size)
         region = Region.open(settings, len(prompt), 0, page_size, early)
         assert len(prompt) + output < region.due_at

@@ -12,7 +12,7 @@ import pytest
 
 from sglang_tri.config import FLAGS, KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import launch, refusals
+from sglang_tri.patches import refusals, server
 from sglang_tri.patches.refusals import MODEL_CONFIG, SERVER_ARGS, Refusal
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -181,10 +181,10 @@ def test_second_moments_that_a_file_lacks(servers: Any, server_args: Any) -> Non
     """Official files lack them."""
     official = str(servers.model("qwen3") / "stats.pt")
     settings = KvPolicyConfig(policy="triattention", stats=official)
-    launch.check_statistics(settings, server_args.get_model_config())
+    server.check_statistics(settings, server_args.get_model_config())
     asked = replace(settings, policy="triattention-variance")
     with pytest.raises(KvPolicyError, match=r"--kv-stats .*stats.pt lacks E\|q\|\^2.*auto makes"):
-        launch.check_statistics(asked, server_args.get_model_config())
+        server.check_statistics(asked, server_args.get_model_config())
 
 
 def test_reuse_without_a_prefix_cache(server_args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,5 +192,5 @@ def test_reuse_without_a_prefix_cache(server_args: Any, monkeypatch: pytest.Monk
     monkeypatch.setitem(vars(server_args), "disable_radix_cache", True)
     asked = KvPolicyConfig.from_keywords({"kv_policy": "streaming", "kv_reuse": "continuation"})
     with pytest.raises(KvPolicyError, match=r"--kv-reuse continuation .*--disable-radix-cache"):
-        launch.check(server_args, asked)
-    launch.check(server_args, KvPolicyConfig.from_keywords({"kv_policy": "streaming"}))
+        server.check(server_args, asked)
+    server.check(server_args, KvPolicyConfig.from_keywords({"kv_policy": "streaming"}))

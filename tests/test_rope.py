@@ -10,7 +10,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.pairs import frequency_pairs
-from sglang_tri.patches import rope
+from sglang_tri.patches.versions.v0_5_17 import rotary
 
 HEAD_DIM, LENGTH = 64, 2048
 LLAMA3 = {
@@ -48,7 +48,7 @@ def make(**arguments: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_the_module(kind: str) -> None:
     module = make(**KINDS[kind])
-    found = rope.read_rope(module)
+    found = rotary.read_rope(module)
     keys = torch.randn(9, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(9) * 200
     _, rotated = module.forward_native(positions, keys.clone(), keys.clone())
@@ -69,25 +69,25 @@ def test_agrees_with_the_module(kind: str) -> None:
 def test_other_kinds_are_refused() -> None:
     dynamic = make(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(KvPolicyError, match="DynamicNTKScalingRotaryEmbedding"):
-        rope.read_rope(dynamic)
+        rotary.read_rope(dynamic)
 
 
 def test_a_table_that_disagrees_is_refused() -> None:
     """Whatever a module is called: its own table has the last word."""
     module = make(rope_scaling={**YARN, "factor": 3.0})
-    rope.read_rope(module)
+    rotary.read_rope(module)
     module.cos_sin_cache = module.cos_sin_cache * 1.01
     with pytest.raises(KvPolicyError, match="YaRN"):
-        rope.read_rope(module)
+        rotary.read_rope(module)
 
 
 def test_one_rotary_module_for_all_layers() -> None:
     layers = torch.nn.ModuleList([make(), make()])
-    assert rope.find_rotary(layers) is layers[0]
+    assert rotary.find_rotary(layers) is layers[0]
     with pytest.raises(KvPolicyError, match="one rotary embedding"):
-        rope.find_rotary(torch.nn.ModuleList([make(), make(rope_scaling=LLAMA3)]))
+        rotary.find_rotary(torch.nn.ModuleList([make(), make(rope_scaling=LLAMA3)]))
     with pytest.raises(KvPolicyError, match="none"):
-        rope.find_rotary(torch.nn.Linear(2, 2))
+        rotary.find_rotary(torch.nn.Linear(2, 2))
 
 
 class Attention(torch.nn.Module):
@@ -100,9 +100,9 @@ class Attention(torch.nn.Module):
 def test_layers_without_rope() -> None:
     """Scores take one set of frequencies; a model whose attention does not hold RoPE is not one."""
     both = torch.nn.ModuleList([Attention(0, True), Attention(1, True)])
-    rope.find_rotary(both)
+    rotary.find_rotary(both)
     outside = torch.nn.ModuleList([Attention(0, False), Attention(1, False), make()])
-    rope.find_rotary(outside)
+    rotary.find_rotary(outside)
     some = torch.nn.ModuleList([Attention(0, True), Attention(1, False), Attention(2, False)])
     with pytest.raises(KvPolicyError, match=r"none in layers \[1, 2\]"):
-        rope.find_rotary(some)
+        rotary.find_rotary(some)

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.execution import Cache
-from sglang_tri.footprint import more_slots, slots_for
-from sglang_tri.rounds import Due, RequestState, ceil_to, head_start
-from sglang_tri.runtime import Runtime
+from sglang_tri.engine import Engine
+from sglang_tri.history import Lookup
+from sglang_tri.request.region import ceil_to, slots_for, stagger_slots
+from sglang_tri.request.request import Request
+from sglang_tri.round.plan import DueRequest
+from sglang_tri.round.run import KvCache
 from tests.client import Answer, Ask, early, send, send_all, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
@@ -48,11 +49,11 @@ def prompts_of(count: int) -> list[array[int]]:
 @given(any_settings(), PROMPTS, PAGES)
 def test_the_bounds(settings: KvPolicyConfig, prompt: array[int], page: int) -> None:
     """Whole pages; what the first round evicts is a page at least, and no recent token."""
-    slots = head_start(settings, prompt, page)
+    slots = stagger_slots(settings, prompt, page)
     assert slots % page == 0
     left = ceil_to(settings.interval, page) - slots
     assert max(settings.recent, page) <= left <= ceil_to(settings.interval, page)
-    assert head_start(settings, array("q", list(prompt)), page) == slots
+    assert stagger_slots(settings, array("q", list(prompt)), page) == slots
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_all_of_the_room_is_used(
     """Each number of pages about as often; none where all of the interval is recent."""
     settings = settings_of(64, interval, recent)
     prompts = prompts_of(4000)
-    found = Counter(head_start(settings, prompt, page) for prompt in prompts)
+    found = Counter(stagger_slots(settings, prompt, page) for prompt in prompts)
     assert sorted(found) == list(values)
     assert min(found.values()) > len(prompts) / len(values) / 2
 
@@ -84,24 +85,24 @@ def test_known_values() -> None:
     """They stay what they are: a request gives the same answer after an upgrade, and elsewhere."""
     settings = KvPolicyConfig("triattention")
     prompts = [array("q", ids) for ids in ([], [1], [1, 2, 3], range(100_000))]
-    assert [head_start(settings, prompt, 1) for prompt in prompts] == [0, 12, 88, 39]
-    assert [head_start(settings, prompt, 16) for prompt in prompts] == [0, 112, 112, 80]
+    assert [stagger_slots(settings, prompt, 1) for prompt in prompts] == [0, 12, 88, 39]
+    assert [stagger_slots(settings, prompt, 16) for prompt in prompts] == [0, 112, 112, 80]
 
 
-def runtime_of(settings: KvPolicyConfig, page: int = 1, rows: int = 4) -> Runtime:
+def engine_of(settings: KvPolicyConfig, page: int = 1, rows: int = 4) -> Engine:
     cache = [torch.zeros(page, 1, 2)]
-    return Runtime(settings, Cache.of(cache, cache, page), rows, page)
+    return Engine(settings, KvCache.of(cache, cache, page), rows)
 
 
 def test_only_the_prompt_counts() -> None:
-    runtime = runtime_of(KvPolicyConfig("streaming"))
+    engine = engine_of(KvPolicyConfig("streaming"))
     for prompt in prompts_of(20):
         states = [
-            runtime.admit(rid, prompt, runtime.settings, key)
+            engine.queue(rid, prompt, engine.settings, key)
             for rid, key in (("a", None), ("b", "salt"))
         ]
-        assert {state.early for state in states if state} == {
-            head_start(runtime.settings, prompt, 1)
+        assert {state.stagger for state in states if state} == {
+            stagger_slots(engine.settings, prompt, 1)
         }
 
 
@@ -114,20 +115,21 @@ def test_held_slots(
     Of the region behind the end of thinking none is early.
     """
     interval, kept = ceil_to(settings.interval, page), ceil_to(settings.budget, page)
-    first = head_start(settings, prompt, page)
-    state = RequestState("r", settings, Lookup(None), first)
+    first = stagger_slots(settings, prompt, page)
+    request = Request("r", settings, Lookup(None), length, page, stagger=first)
     for early_slots, steps in ((first, data.draw(st.integers(0, 400))), (0, 400)):
-        region = state.open_region(length, page)
+        request._open_region(length)
+        region = request.regions[-1]
         rounds = []
         for step in range(steps):
             if length == region.due_at:
-                rounds.append((step, region.candidates))
-                assert region.count_round() == rounds[-1][1] - kept
+                rounds.append((step, length - region.start))
+                assert request.evicted() == rounds[-1][1] - kept
                 length = region.start + kept
             assert length < region.due_at
             length += 1
             assert length - region.opened <= slots_for(settings, 1 << 30, page) + page - 1
-            assert more_slots(state, length, 1 << 30, page) >= region.due_at - length
+            assert request.slots_to_come(length, 1 << 30) >= region.due_at - length
         fill = region.start - region.opened + kept + interval
         due = range(fill - early_slots, steps, interval)
         sizes = [kept + interval - early_slots, *[kept + interval] * steps]
@@ -136,16 +138,16 @@ def test_held_slots(
 
 def test_requests_admitted_together_evict_in_many_steps() -> None:
     """256 of them with the default settings, over their first and their later rounds."""
-    runtime = runtime_of(KvPolicyConfig("streaming"))
-    settings, count = runtime.settings, 256
+    engine = engine_of(KvPolicyConfig("streaming"))
+    settings, count = engine.settings, 256
     due: Counter[int] = Counter()
     for prompt in prompts_of(count):
-        state = runtime.admit("r", prompt, runtime.settings)
-        assert state is not None
-        region = state.open_region(20, 1)
-        for _ in range(3):
+        request = engine.queue("r", prompt, engine.settings)
+        assert request is not None
+        request.decoded(20, array("q"))
+        for region in request.regions * 3:
             due[region.due_at + region.evicted] += 1
-            region.count_round()
+            request.evicted()
     full = 20 + settings.budget + settings.interval
     assert min(due) >= full - settings.interval + settings.recent
     assert max(due) <= full + 2 * settings.interval
@@ -156,16 +158,18 @@ def test_requests_admitted_together_evict_in_many_steps() -> None:
 def test_a_step_with_first_and_later_rounds() -> None:
     """Requests of equal settings with other numbers of candidates: each frees its own tail."""
     settings = settings_of(10, 6, 2)
-    runtime = runtime_of(settings)
+    engine = engine_of(settings)
     table = torch.arange(400, dtype=torch.int32).view(4, 100)
-    states = [RequestState(f"{slots}", settings, Lookup(None), slots) for slots in (0, 3, 4, 3)]
-    dues = [Due(state, state.open_region(5, 1), row) for row, state in enumerate(states)]
+    requests = [Request("", settings, Lookup(None), 5, stagger=slots) for slots in (0, 3, 4, 3)]
+    for request in requests:
+        request.decoded(5, array("q"))
+    dues = [DueRequest(request, row) for row, request in enumerate(requests)]
     assert [due.candidates for due in dues] == [16, 13, 12, 13]
-    freed = runtime.plan(dues, table)
+    freed = engine.plan_rounds(dues, table)
     tails = [range(100 * row + 15, 100 * row + 5 + due.candidates) for row, due in enumerate(dues)]
     assert sorted(freed.tolist()) == [slot for tail in tails for slot in tail]
-    assert [state.evicted_tokens for state in states] == [6, 3, 2, 3]
-    assert runtime.counters.freed_slots == runtime.counters.evicted_tokens == 14
+    assert [request.evicted_tokens for request in requests] == [6, 3, 2, 3]
+    assert len(freed) == engine.counters.evicted_tokens == 14
     assert [due.region.due_at for due in dues] == [21] * 4
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sglang_tri.aliases import AliasStore, Lookup
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.patches import active, thinking
-from sglang_tri.rounds import RequestState
+from sglang_tri.history import Lookup
+from sglang_tri.patches.versions.v0_5_17.loading import think_mark
+from sglang_tri.request.request import Request
 
 
 class Tokenizer:
@@ -35,51 +35,45 @@ def test_who_marks_it(tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{{ reasoning }}[/THINK]{{ answer }}")
     marking = Tokenizer("<think>{{ reasoning }}</think>{{ answer }}")
-    assert thinking.end_ids(scheduler([7, 8], marking)) == array("q", [7, 8])
-    assert thinking.end_ids(scheduler(None, marking)) == array("q", list(b"</think>"))
-    given = thinking.end_ids(scheduler(None, marking, str(template)))
+    assert think_mark(scheduler([7, 8], marking)) == array("q", [7, 8])
+    assert think_mark(scheduler(None, marking)) == array("q", list(b"</think>"))
+    given = think_mark(scheduler(None, marking, str(template)))
     assert given == array("q", list(b"[/THINK]"))
     for tokenizer in (None, Tokenizer(None), Tokenizer("{{ answer }}")):
-        assert not thinking.end_ids(scheduler(None, tokenizer))
+        assert not think_mark(scheduler(None, tokenizer))
 
 
-@pytest.fixture
-def mark() -> array[int]:
-    found = array("q", [901, 902, 901, 903])
-    unused: Any = None
-    active.activate(active.Active(unused, unused, AliasStore(1), found))
-    return found
+MARK = array("q", [901, 902, 901, 903])
 
 
-def request(reuse: str = "continuation") -> tuple[Any, RequestState]:
+def thinker(reuse: str = "continuation") -> Request:
+    """Ten prompt tokens, and the region behind them open."""
     settings = KvPolicyConfig(policy="triattention", reuse=reuse)
-    req = SimpleNamespace(origin_input_ids=array("q", [1] * 10), output_ids=array("q"))
-    return req, RequestState("rid", settings, Lookup(None))
+    request = Request("rid", settings, Lookup(None), 10, think_mark=MARK)
+    request.decoded(10, array("q"))
+    return request
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
-def test_closed_once_and_in_time(mark: array[int], ahead: int) -> None:
+def test_closed_once_and_in_time(ahead: int) -> None:
     """`ahead`: output tokens that are known and whose KV is not there yet."""
-    req, state = request()
-    outputs = [5, 901, 902, *mark, 6, 7, *mark, 8]
-    closed = []
+    request = thinker()
+    outputs = [5, 901, 902, *MARK, 6, 7, *MARK, 8]
     for known in range(1, len(outputs) + 1):
-        req.output_ids = array("q", outputs[:known])
-        length = 10 + known - ahead
-        if thinking.ends(req, state, length):
-            closed.append(length - 10)
-    assert closed == [3 + len(mark)]
+        request.decoded(10 + known - ahead, array("q", outputs[:known]))
+    assert [region.opened - 10 for region in request.regions] == [0, 3 + len(MARK)]
 
 
-def test_only_where_it_is_of_use(mark: array[int]) -> None:
-    req, state = request("prompt")
-    req.output_ids = mark
-    assert not thinking.ends(req, state, 10 + len(mark))
+def test_only_where_it_is_of_use() -> None:
+    request = thinker("prompt")
+    request.decoded(10 + len(MARK), MARK)
+    assert len(request.regions) == 1
 
 
-def test_not_once_it_is_part_of_the_prompt(mark: array[int]) -> None:
+def test_not_once_it_is_part_of_the_prompt() -> None:
     """A retracted request goes on behind the end of its thinking, beyond eviction already."""
-    req, state = request()
-    req.output_ids = array("q", [5, *mark, 6])
-    assert not thinking.ends(req, state, 10 + len(req.output_ids))
-    assert not thinking.ends(req, state, 10 + 5)
+    request = thinker()
+    output = array("q", [5, *MARK, 6])
+    request.decoded(10 + len(output), output)
+    request.decoded(10 + 5, output)
+    assert len(request.regions) == 1

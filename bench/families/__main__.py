@@ -23,7 +23,7 @@ from bench.families.made import FAMILIES, make
 from bench.families.masked import Masked
 from bench.server import STRICT, Server, ServerFailed
 from bench.table import table
-from sglang_tri.patches.lifecycle import TRACE
+from sglang_tri.patches.scheduler import TRACE
 
 BUDGET, INTERVAL, TOKENS = 48, 24, 240
 POOL = 4096

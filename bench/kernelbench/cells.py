@@ -19,7 +19,6 @@ from bench.kernelbench.geometry import (
 )
 from bench.kernelbench.pool import Pool
 from bench.kernelbench.timing import Times, measure
-from sglang_tri.execution import execute
 from sglang_tri.kernels.compact import compact
 from sglang_tri.kernels.moves import Moves, Selection
 from sglang_tri.kernels.score import score
@@ -29,6 +28,7 @@ from sglang_tri.kernels.select import select
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.policies.base import Candidates
 from sglang_tri.policies.triattention import TriAttention
+from sglang_tri.round.run import choose, run, slice_requests
 
 LEAST_EQUAL = 0.99
 # Plain torch takes time in proportion to the requests; what is measured with fewer is scaled.
@@ -72,9 +72,9 @@ class KeptSetsDiffer(RuntimeError):
 
 def equal_members(pool: Pool) -> float:
     """The share of one request's kept candidates that plain torch keeps too."""
-    candidates = pool.candidates()[0].of_requests(0, 1)
+    candidates = slice_requests(pool.candidates()[0], 0, 1)
     pool.workspace.reset()
-    moves = TriAttention().moves(candidates)
+    moves = choose(TriAttention(), candidates, candidates.layers)
     kept = moves.packed(pool.cell.budget)[0].sort(-1).values
     batch = pool.batch(0, 1)
     expected = baselines.choose(batch, baselines.folded(batch, pool.statistics.queries()))
@@ -180,7 +180,7 @@ class Operations:
         work = round_work(self.cell, moved)
 
         def call(index: int) -> object:
-            return execute(policy, self.candidates[index], cache)
+            return run(policy, self.candidates[index], cache)
 
         return self._result("round", call, work, moved, self.pool.refill)
 

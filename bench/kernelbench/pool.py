@@ -9,12 +9,11 @@ import torch
 from bench.kernelbench.baselines import Batch, Statistics
 from bench.kernelbench.geometry import RECENT, Cell
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.execution import Cache
 from sglang_tri.kernels.moves import Budgets
 from sglang_tri.kernels.pages import Pages
 from sglang_tri.kernels.workspace import Workspace
-from sglang_tri.parts import WORKSPACE_BYTES
 from sglang_tri.policies.base import Candidates
+from sglang_tri.round.run import WORKSPACE_BYTES, KvCache
 
 # Beside the pool and the scores: the workspace, and what the torch baselines take.
 RESERVE_BYTES = 3 << 30
@@ -47,7 +46,7 @@ class Pool:
     """
 
     cell: Cell
-    cache: Cache
+    cache: KvCache
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     slots: torch.Tensor
@@ -72,7 +71,7 @@ class Pool:
         lengths = 4 * cell.candidates + 37 * torch.arange(cell.requests, device=device)
         return cls(
             cell,
-            Cache.of(keys, values, 1),
+            KvCache.of(keys, values, 1),
             keys,
             values,
             slots.view(sets, cell.requests, cell.candidates),
@@ -100,6 +99,9 @@ class Pool:
             Candidates(
                 settings,
                 self.cache.keys,
+                self.cache.values,
+                None,
+                None,
                 None,
                 self._pages(slots),
                 self.positions,

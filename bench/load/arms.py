@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bench.arms import Arm, triattention
 from bench.server import STOCK_ENVIRONMENT
-from sglang_tri.patches.decode import WAIT
+from sglang_tri.patches.scheduler import WAIT
 
 if TYPE_CHECKING:
     from bench.load.presets import Preset

@@ -39,7 +39,7 @@ def run(
         requests = slice_requests(candidates, first, first + chunks.requests)
         for layer in range(0, candidates.layers, step):
             candidates.workspace.reset()
-            moves = _choose(policy, slice_layers(requests, layer, layer + step), chunks.layers)
+            moves = choose(policy, slice_layers(requests, layer, layer + step), chunks.layers)
             cache.compact(requests.pages, moves, layer, layer + step)
             if trace:
                 # The next chunk takes the memory that the moves lie in.
@@ -51,8 +51,8 @@ def run(
     return torch.cat(of_requests, 1)
 
 
-def _choose(policy: Policy, candidates: Candidates, step: int) -> Moves:
-    """Which rows move; scores are those of `step` layers at a time."""
+def choose(policy: Policy, candidates: Candidates, step: int) -> Moves:
+    """Which rows of a chunk move; scores are those of `step` layers at a time."""
     if isinstance(policy, DirectPolicy):
         return policy.moves(candidates)
     if not isinstance(policy, ScoringPolicy):

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import Req
 
-from sglang_tri.patches import sglang_0517 as adapter
-from sglang_tri.patches.responses import KEY
-from sglang_tri.runtime import Runtime
-from sglang_tri.spans import SYNTHETIC
+from sglang_tri.engine import Engine
+from sglang_tri.history import SYNTHETIC
+from sglang_tri.patches.server import KEY
+from sglang_tri.patches.versions import scheduling
 from tests.histories.book import Book, Request, Store
 from tests.histories.loop import ROWS, Loop
 from tests.histories.memory import Memory
@@ -23,9 +23,9 @@ class Audit:
     """Checks of one server."""
 
     def __init__(
-        self, loop: Loop, runtime: Runtime, book: Book, memory: Memory, tree: Tree, store: Store
+        self, loop: Loop, engine: Engine, book: Book, memory: Memory, tree: Tree, store: Store
     ) -> None:
-        self._loop, self._runtime, self._book = loop, runtime, book
+        self._loop, self._engine, self._book = loop, engine, book
         self._memory, self._tree, self._store = memory, tree, store
         slots = len(memory.rows)
         # Slots that somebody outside the scheduler has.
@@ -57,7 +57,7 @@ class Audit:
             assert text == (*plain.wanted, *plain.text[len(plain.wanted) :])[: len(text)]
             assert len(text) <= max(len(plain.wanted), len(plain.text))
             assert plain.length == req.kv_committed_len == req.kv.kv_allocated_len
-            state = adapter.state_of(req)
+            state = scheduling.state_of(req)
             if state is not None:
                 assert plain.delta == state.delta
                 assert (plain.rounds, plain.evicted) == (state.rounds, state.evicted_tokens)
@@ -108,7 +108,7 @@ class Audit:
 
     def contents(self, tree: Held) -> None:
         """A slot of the tree holds what the book says, always."""
-        assert not self._runtime._pending, "a round was planned, and no forward pass ran it"
+        assert not self._engine._planned, "a round was planned, and no forward pass ran it"
         rows = self._memory.rows[tree.slots]
         new = (self._owner[tree.slots] != tree.paths) | (self._content[tree.slots] != rows).any(
             (1, 2, 3)
@@ -145,13 +145,13 @@ class Audit:
 
     def closed(self, request: Request) -> None:
         """Its slots were released, and nothing of its history is left with it."""
-        state = adapter.state_of(request.req)
+        state = scheduling.state_of(request.req)
         assert state is None or not (state.history or state.regions)
 
     def report(self, request: Request) -> None:
         """What the user of a request that ended is told about it."""
         req, plain = request.req, request.plain
-        if adapter.state_of(req) is not None and req.output_ids:
+        if scheduling.state_of(req) is not None and req.output_ids:
             *before, told = (req.customized_info or {})[KEY]
             assert before == [None] * (len(req.output_ids_through_stop) - 1)
             assert told == {
@@ -165,12 +165,12 @@ class Audit:
         """Nothing runs: all slots are free or can be evicted."""
         assert not self.holders
         assert self._loop.tree_cache.protected_size() == 0
-        assert not self._runtime.shifts_positions
+        assert not self._engine.shifts_positions
 
     def totals(self) -> None:
         """The server counted what happened."""
         done, report = self._book.done, self._store.report()
         assert report["alias_lookups"] == done["lookups"]
         assert report["alias_hits"] == done["hits"]
-        assert self._runtime.counters.rounds == done["rounds"]
+        assert self._engine.counters.rounds == done["rounds"]
         done["stale"] = report["alias_stale"]

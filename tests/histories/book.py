@@ -17,9 +17,8 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from sglang_tri.aliases import Alias, AliasStore, Lookup
-from sglang_tri.patches import sglang_0517 as adapter
-from sglang_tri.spans import SYNTHETIC, Chain, Span
+from sglang_tri.history import SYNTHETIC, Alias, AliasStore, Chain, Lookup, Span
+from sglang_tri.patches.versions import scheduling
 from tests.histories.loop import Setup
 from tests.histories.memory import Memory
 from tests.histories.plain import POSITION, Plain, in_order
@@ -52,7 +51,7 @@ class Request:
     @property
     def scope(self) -> Hashable:
         """What two requests must share, beside tokens, to share compressed history."""
-        state = adapter.state_of(self.req)
+        state = scheduling.state_of(self.req)
         return None if state is None else (state.settings, self.req.extra_key)
 
     def paths(self, spans: Sequence[Span]) -> list[int]:
@@ -185,7 +184,7 @@ class Book:
 
     def _begin(self, request: Request, slots: np.ndarray) -> None:
         """A request is prefilled behind what was found of its tokens."""
-        req, state = request.req, adapter.state_of(request.req)
+        req, state = request.req, scheduling.state_of(request.req)
         wanted = (*req.origin_input_ids, *req.output_ids)
         resumed = state is not None and state.resumed
         found = len(slots) + (state.delta if state else 0)
@@ -221,7 +220,7 @@ class Book:
 
     def _take_back(self, request: Request, wanted: tuple[int, ...], slots: np.ndarray) -> None:
         """A request goes on from all that it has left itself, and that is its own again."""
-        plain, state = request.plain, adapter.state_of(request.req)
+        plain, state = request.plain, scheduling.state_of(request.req)
         assert state is not None
         assert plain.compressed
         request.chain = state.chain
@@ -255,7 +254,7 @@ class Book:
     @staticmethod
     def _sought(request: Request, wanted: Sequence[int]) -> Sequence[int]:
         """What a request looks for: if it was retracted, its prompt; the rest is private."""
-        state = adapter.state_of(request.req)
+        state = scheduling.state_of(request.req)
         return wanted[: len(request.plain.prompt)] if state and state.resumed else wanted
 
     def _recognize(self, request: Request, steps: list[int], places: Sequence[int]) -> None:
@@ -312,7 +311,7 @@ class Book:
         request = next(
             request
             for request in self.requests.values()
-            if (state := adapter.state_of(request.req)) and state.lookup is lookup
+            if (state := scheduling.state_of(request.req)) and state.lookup is lookup
         )
         assert request.plain.reusable
         assert (parent.chain.spans if parent else ()) == chain.spans[:-1]
@@ -369,7 +368,7 @@ class Book:
     def _count_beginning(self, request: Request, wanted: Sequence[int]) -> None:
         """What this prefill shows."""
         done, spans = self.done, request.chain.spans
-        state = adapter.state_of(request.req)
+        state = scheduling.state_of(request.req)
         done["prefills"] += 1
         done["lookups"] += request.plain.reusable
         if spans:

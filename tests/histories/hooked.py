@@ -12,7 +12,7 @@ from sglang.srt.plugins import hook_registry
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_parallel, reset_context
 
-from sglang_tri.patches import active, hooks, table
+from sglang_tri.patches import hooks, scheduler, table
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def hooked() -> Iterator[None]:
         for target, (owner, raw) in before.items():
             _restore(target, owner, raw)
         reset_context()
-        active._active = None
+        scheduler.activate(None)
         assert not any(hooks.is_installed(hook) for hook in installed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_tri.execution import Cache
+from sglang_tri.round.run import KvCache
 from tests.histories.plain import HEADS, LAYERS, mix
 
 
@@ -16,7 +16,7 @@ class Memory:
         whole = torch.zeros(slots, LAYERS, HEADS, 4, dtype=torch.int64)
         keys = [whole[:, layer, :, :2] for layer in range(LAYERS)]
         values = [whole[:, layer, :, 2:] for layer in range(LAYERS)]
-        self.cache = Cache.of(keys, values, page_size)
+        self.cache = KvCache.of(keys, values, page_size)
         self.rows = whole.numpy().view(np.uint64)
 
     def write(self, slot: int, entry: np.ndarray) -> None:

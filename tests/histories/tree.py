@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 
-from sglang_tri.spans import SYNTHETIC, span_number
+from sglang_tri.history import SYNTHETIC, span_number
 
 
 def salt(extra_key: str | None) -> int:

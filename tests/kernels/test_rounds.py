@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +11,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sglang_tri import warmup
-from sglang_tri.aliases import Lookup
 from sglang_tri.config import KvPolicyConfig
+from sglang_tri.engine import Engine
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.execution import Cache
+from sglang_tri.history import Lookup
 from sglang_tri.kernels import compact_triton, score_triton, select_triton
 from sglang_tri.kernels.moves import MODES
 from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.workspace import Workspace
-from sglang_tri.parts import Geometry, Parts
-from sglang_tri.rounds import Due, RequestState, Round
-from sglang_tri.runtime import Runtime
+from sglang_tri.request.request import Request
+from sglang_tri.round import warmup
+from sglang_tri.round.plan import DueRequest, Round
+from sglang_tri.round.run import KvCache, RoundSize, ScoringChunks
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 2, 64
 BUDGET, INTERVAL, RECENT = 20, 12, 4
@@ -32,8 +33,8 @@ SETTINGS = KvPolicyConfig(
 CONTINUING = replace(SETTINGS, interval=16, recent=16, reuse="continuation")
 
 
-class Engine:
-    """A pool, a slot table, a runtime and its observer; requests' slots lie anywhere."""
+class Server:
+    """A pool, a slot table, an engine and its observer; requests' slots lie anywhere."""
 
     def __init__(
         self,
@@ -60,13 +61,12 @@ class Engine:
             False,
             torch.rand(*shape, DIM // 2, generator=generator).to(device),
         )
-        cache = Cache.of(self.buffers[:LAYERS], self.buffers[LAYERS:], page_size)
+        cache = KvCache.of(self.buffers[:LAYERS], self.buffers[LAYERS:], page_size)
         self.traced: list[torch.Tensor] = []
-        self.runtime = Runtime(
+        self.engine = Engine(
             settings,
             cache,
             4,
-            page_size,
             queries,
             None if workspace is None else Workspace(workspace, device),
             self,
@@ -86,10 +86,13 @@ class Engine:
         due = []
         for row, prompt in enumerate(prompts):
             early = row * self.page_size
-            state = RequestState(str(row), self.settings, Lookup(None), early)
-            due.append(Due(state, state.open_region(prompt, self.page_size), row))
-        freed = self.runtime.plan(due, self.table)
-        self.runtime.execute()
+            request = Request(
+                str(row), self.settings, Lookup(None), prompt, self.page_size, stagger=early
+            )
+            request.decoded(prompt, array("q"))
+            due.append(DueRequest(request, row))
+        freed = self.engine.plan_rounds(due, self.table)
+        self.engine.run_rounds()
         return freed
 
     def contents(self) -> torch.Tensor:
@@ -102,28 +105,28 @@ def test_both_back_ends_make_the_same_cache(
     on_triton: torch.device, monkeypatch: pytest.MonkeyPatch, mode: str, page_size: int
 ) -> None:
     settings = replace(SETTINGS, eviction_mode=mode)
-    kernels = Engine(on_triton, page_size, settings)
+    kernels = Server(on_triton, page_size, settings)
     freed = kernels.run([7, 0, 16])
     monkeypatch.undo()
-    plain = Engine(torch.device("cpu"), page_size, settings)
+    plain = Server(torch.device("cpu"), page_size, settings)
     assert torch.equal(freed.cpu(), plain.run([7, 0, 16]))
     assert torch.equal(kernels.traced[0], plain.traced[0])
     assert torch.equal(kernels.contents(), plain.contents())
     evicted = [INTERVAL - row * page_size for row in range(3)]
-    assert kernels.runtime.deltas.tolist() == plain.runtime.deltas.tolist() == [*evicted, 0]
+    assert kernels.engine.deltas.tolist() == plain.engine.deltas.tolist() == [*evicted, 0]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_parts_make_what_the_whole_makes(device: torch.device, mode: str) -> None:
     """Requests one by one, and of each one layer after the other."""
     settings = replace(SETTINGS, eviction_mode=mode)
-    whole = Engine(device, 4, settings)
+    whole = Server(device, 4, settings)
     whole.run([7, 0, 16])
     by_layer = mode == "per-layer-per-head"
-    geometry = Geometry(LAYERS, HEADS * GROUP, HEADS, by_layer, BUDGET + INTERVAL, BUDGET)
-    size = Parts.smallest(geometry)
-    assert Parts.of(size, geometry) == Parts(1, 1)
-    parts = Engine(device, 4, settings, size)
+    geometry = RoundSize(LAYERS, HEADS * GROUP, HEADS, by_layer, BUDGET + INTERVAL, BUDGET)
+    size = geometry.least_bytes
+    assert ScoringChunks.fitting(size, geometry) == ScoringChunks(1, 1)
+    parts = Server(device, 4, settings, size)
     parts.run([7, 0, 16])
     assert torch.equal(parts.traced[0], whole.traced[0])
     assert torch.equal(parts.contents(), whole.contents())
@@ -132,30 +135,36 @@ def test_parts_make_what_the_whole_makes(device: torch.device, mode: str) -> Non
 def test_parts() -> None:
     """Qwen3-8B and Llama-3-70B in 64 MiB, by hand."""
     size = 64 << 20
-    qwen = Geometry(36, 32, 8, False, 2_176, 2_048)
+    qwen = RoundSize(36, 32, 8, False, 2_176, 2_048)
     each = 8 * (4 * 2_176 + 8 * 2_048 + 4) + 36 * 32 * (4 * 2_176 + 12 * 8)
-    assert Parts.of(size, qwen) == Parts((size - 2_048) // each, 36) == Parts(6, 36)
-    assert Parts.of(size, Geometry(80, 64, 8, False, 4_224, 4_096)) == Parts(1, 61)
+    assert (
+        ScoringChunks.fitting(size, qwen)
+        == ScoringChunks((size - 2_048) // each, 36)
+        == ScoringChunks(6, 36)
+    )
+    assert ScoringChunks.fitting(size, RoundSize(80, 64, 8, False, 4_224, 4_096)) == ScoringChunks(
+        1, 61
+    )
     with pytest.raises(KvPolicyError, match="--kv-budget 1048576 is too large"):
-        Parts.of(size, Geometry(36, 32, 8, False, 2**20 + 128, 2**20))
+        RoundSize(36, 32, 8, False, 2**20 + 128, 2**20).check_fits(size)
 
 
 def test_a_budget_that_cannot_be_scored_is_refused() -> None:
-    engine = Engine(torch.device("cpu"), workspace=1 << 16)
-    engine.runtime.check_runnable(SETTINGS)
+    server = Server(torch.device("cpu"), workspace=1 << 16)
+    server.engine.check_runnable(SETTINGS)
     with pytest.raises(KvPolicyError, match="--kv-budget 8192 is too large"):
-        engine.runtime.check_runnable(replace(SETTINGS, budget=8192))
+        server.engine.check_runnable(replace(SETTINGS, budget=8192))
 
 
 def test_second_moments_that_statistics_lack_are_asked_for() -> None:
-    runtime = Engine(torch.device("cpu")).runtime
+    engine = Server(torch.device("cpu")).engine
     asked = replace(SETTINGS, policy="triattention-variance")
-    runtime.check_runnable(asked)
-    runtime.queries = replace(runtime.queries, variance=None)
-    runtime.check_runnable(SETTINGS)
+    engine.check_runnable(asked)
+    engine.queries = replace(engine.queries, variance=None)
+    engine.check_runnable(SETTINGS)
     with pytest.raises(KvPolicyError, match=r"triattention-variance needs E\|q\|\^2"):
-        runtime.check_runnable(asked)
-    warmup.run(runtime, warmup.all_settings(SETTINGS, per_request=True))
+        engine.check_runnable(asked)
+    warmup.warm_up(engine, warmup.all_settings(SETTINGS, per_request=True))
 
 
 class Recorder:
@@ -185,11 +194,11 @@ def test_no_kernel_is_compiled_after_the_warm_up(
         (compact_triton, "compact_kernel"),
     ):
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
-    engine = Engine(on_triton, 4)
+    server = Server(on_triton, 4)
     variants = warmup.all_settings(SETTINGS, per_request)
-    before = engine.contents()
-    warmup.run(engine.runtime, variants)
-    padding, rest = engine.contents().split([4, 508], 1)
+    before = server.contents()
+    warmup.warm_up(server.engine, variants)
+    padding, rest = server.contents().split([4, 508], 1)
     assert torch.equal(rest, before[:, 4:])
     assert padding.isfinite().all()
     warmed = set(seen)
@@ -197,15 +206,14 @@ def test_no_kernel_is_compiled_after_the_warm_up(
     # score that all layers share, and two to move rows, one of them of all heads alike.
     assert len(warmed) == (8 if per_request else 3)
     for settings in variants:
-        small = Parts.smallest(
-            Geometry(LAYERS, 4, HEADS, settings.eviction_mode == MODES[1], 64, 40)
-        )
+        by_layer = settings.eviction_mode == MODES[1]
+        small = RoundSize(LAYERS, 4, HEADS, by_layer, 64, 40).least_bytes
         other = replace(settings, budget=40, interval=24, normalize=False)
         for size, case in ((1 << 20, settings), (small, other)):
-            engine.runtime.workspace = Workspace(size, on_triton)
-            engine.settings = case
-            engine.run([3])
-            engine.run([1, 9])
+            server.engine.workspace = Workspace(size, on_triton)
+            server.settings = case
+            server.run([3])
+            server.run([1, 9])
     assert seen == warmed
 
 
@@ -228,28 +236,28 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("settings", [SETTINGS, CONTINUING])
 def test_no_operation_is_loaded_after_the_warm_up(page_size: int, settings: KvPolicyConfig) -> None:
     """Planning, the round, and positions behind it do nothing on a device for the first time."""
-    engine = Engine(torch.device("cpu"), page_size, settings)
-    engine.runtime._observer = None  # No server has one, unless it writes a trace.
+    server = Server(torch.device("cpu"), page_size, settings)
+    server.engine._observer = None  # No server has one, unless it writes a trace.
     with Operations() as warmed:
-        warmup.run(engine.runtime, [settings])
-    assert not engine.runtime.deltas.any()
+        warmup.warm_up(server.engine, [settings])
+    assert not server.engine.deltas.any()
     rows, lengths = torch.arange(3), torch.tensor([4, 1, 2])
     ones = torch.ones(3, dtype=torch.int32)
     with Operations() as used:
-        engine.run([7, 0, 16])
-        engine.runtime.start_prefill(rows, [None] * 3)
-        positions = lengths + engine.runtime.offsets(rows, None, 3)
-        positions += engine.runtime.offsets(rows, ones, 3)
+        server.run([7, 0, 16])
+        server.engine.start_prefill(rows, [None] * 3)
+        positions = lengths + server.engine.offsets(rows, None, 3)
+        positions += server.engine.offsets(rows, ones, 3)
     assert used.seen <= warmed.seen
 
 
 def test_memory_is_taken_once(device: torch.device) -> None:
     """The workspace keeps its size, whatever is scored in it."""
-    engine = Engine(device)
-    memory = engine.runtime.workspace.memory
+    server = Server(device)
+    memory = server.engine.workspace.memory
     assert memory is not None
     assert memory.numel() == 64 << 20
-    engine.run([1, 2, 3, 4])
-    assert engine.runtime.workspace.memory is memory
+    server.run([1, 2, 3, 4])
+    assert server.engine.workspace.memory is memory
     with pytest.raises(ValueError, match="do not fit into a workspace"):
-        engine.runtime.workspace.take(1 << 25, dtype=torch.int32)
+        server.engine.workspace.take(1 << 25, dtype=torch.int32)
