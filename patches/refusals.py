@@ -43,303 +43,148 @@ class Refusal:
             )
 
 
-def _option(name: str, off: tuple[Any, ...] = (None, False)) -> Callable[[Any], str]:
-    """Finds a server argument whose value is not one of `off`."""
+def _option(
+    feature: str,
+    name: str,
+    reason: str,
+    recipe: str = "",
+    off: tuple[Any, ...] = (None, False),
+) -> Refusal:
+    """Of a server argument whose value is not one of `off`."""
     flag = "--" + name.replace("_", "-")
 
-    def found(server_args: Any) -> str:
+    def found(server_args: ServerArgs) -> str:
         value = getattr(server_args, name)
         if value in off:
             return ""
         return flag if value is True else f"{flag} {value}"
 
-    return found
+    return Refusal(feature, found, reason, recipe or f"Leave {flag} out.")
 
 
-def _larger_than_one(name: str) -> Callable[[Any], str]:
-    flag = "--" + name.replace("_", "-")
-    return lambda server_args: (
-        f"{flag} {getattr(server_args, name)}" if getattr(server_args, name) > 1 else ""
-    )
+def _parallel(feature: str, name: str, reason: str, recipe: str = "") -> Refusal:
+    """Of a size of which only 1 works."""
+    return _option(feature, name, reason, recipe or f"Use --{name.replace('_', '-')} 1.", (1,))
 
 
-def _environment(name: str) -> Callable[[Any], str]:
-    """Finds a switch of SGLang's that is on."""
-    return lambda _: f"{name}={os.environ[name]}" if serving.switch(name) else ""
+def _switch(feature: str, name: str, reason: str, recipe: str = "") -> Refusal:
+    """Of a switch of SGLang's in the environment."""
+
+    def found(_: Any) -> str:
+        return f"{name}={os.environ[name]}" if serving.switch(name) else ""
+
+    return Refusal(feature, found, reason, recipe or f"Unset {name}.")
+
+
+def _model(
+    feature: str, reason: str, has: Callable[[ModelConfig], Any], shown: str, recipe: str = ""
+) -> Refusal:
+    """Of a model; `shown` is what messages call it."""
+    recipe = recipe or "Serve another model, or leave --kv-policy out."
+    return Refusal(feature, lambda model: shown if has(model) else "", reason, recipe)
 
 
 _KEYED = "pages would be stored under tokens that they no longer hold"
 _OWN_STREAM = "it writes or reads slots outside the forward stream"
 _OWN_LENGTHS = "it takes slot counts from token counts"
+_UNTESTED = "it has not been tested"
+_COUNTS_SLOTS = "it counts slots, not positions"
 
+
+def _fp4_or_mxfp8(server_args: ServerArgs) -> str:
+    dtype = server_args.kv_cache_dtype
+    return f"--kv-cache-dtype {dtype}" if "fp4" in dtype or "mxfp8" in dtype else ""
+
+
+# fmt: off
 SERVER_ARGS = (
-    Refusal(
-        "speculative decoding",
-        _option("speculative_algorithm"),
-        "it prepares decode batches by itself",
-        "Leave --speculative-algorithm out.",
-    ),
-    Refusal(
-        "PD disaggregation",
-        _option("disaggregation_mode", ("null",)),
-        "rows are transferred by their token count",
-        "Serve prefill and decode in one server.",
-    ),
-    Refusal(
-        "hierarchical cache",
-        _option("enable_hierarchical_cache"),
-        _OWN_STREAM,
-        "Leave --enable-hierarchical-cache out.",
-    ),
-    Refusal("LMCache", _option("enable_lmcache"), _KEYED, "Leave --enable-lmcache out."),
-    Refusal("FlexKV", _option("enable_flexkv"), _KEYED, "Leave --enable-flexkv out."),
-    Refusal(
-        "external radix cache",
-        _option("radix_cache_backend"),
-        _KEYED,
-        "Leave --radix-cache-backend out.",
-    ),
-    Refusal("KV events", _option("kv_events_config"), _KEYED, "Leave --kv-events-config out."),
-    Refusal(
-        "streaming sessions",
-        _option("enable_streaming_session"),
-        _OWN_LENGTHS,
-        "Use ordinary sessions, or send the whole conversation.",
-    ),
-    Refusal(
-        "session radix cache",
-        _option("enable_session_radix_cache"),
-        "it has not been tested",
-        "Leave --enable-session-radix-cache out.",
-    ),
-    Refusal(
-        "mixed chunk",
-        _option("enable_mixed_chunk"),
-        _OWN_LENGTHS,
-        "Leave --enable-mixed-chunk out; chunked prefill works.",
-    ),
-    Refusal(
-        "pipeline parallelism",
-        _larger_than_one("pp_size"),
-        "its scheduler loop fills batches by itself",
-        "Use --pp-size 1.",
-    ),
-    Refusal(
-        "tensor parallelism",
-        _larger_than_one("tp_size"),
-        "it has not been tested",
-        "Use --tp-size 1, and one server for each GPU.",
-    ),
-    Refusal(
-        "data parallelism",
-        _larger_than_one("dp_size"),
-        "it has not been tested",
-        "Use --dp-size 1, and one server for each GPU.",
-    ),
-    Refusal(
-        "DP attention",
-        _option("enable_dp_attention"),
-        "it has not been tested",
-        "Leave --enable-dp-attention out.",
-    ),
-    Refusal(
-        "decode context parallelism",
-        _larger_than_one("dcp_size"),
-        "a request's slots lie on several ranks",
-        "Use --dcp-size 1.",
-    ),
-    Refusal(
-        "attention context parallelism",
-        _larger_than_one("attn_cp_size"),
-        "it has not been tested",
-        "Use --attn-cp-size 1.",
-    ),
-    Refusal("Ray", _option("use_ray"), "its actors load no plugins", "Leave --use-ray out."),
-    Refusal(
-        "several tokenizer workers",
-        _larger_than_one("tokenizer_worker_num"),
-        "they load no plugins",
-        "Use --tokenizer-worker-num 1.",
-    ),
-    Refusal("PD multiplexing", _option("enable_pdmux"), _OWN_STREAM, "Leave --enable-pdmux out."),
-    Refusal(
-        "two-batch overlap",
-        _option("enable_two_batch_overlap"),
-        "it has not been tested",
-        "Leave --enable-two-batch-overlap out.",
-    ),
-    Refusal(
-        "unified memory pool",
-        _option("enable_unified_memory"),
-        "it moves slots by itself",
-        "Leave --enable-unified-memory out.",
-    ),
-    Refusal("HiSparse", _option("enable_hisparse"), _OWN_STREAM, "Leave --enable-hisparse out."),
-    Refusal(
-        "page-major KV layout",
-        _option("enable_page_major_kv_layout"),
-        "rows of one layer are not contiguous",
-        "Leave --enable-page-major-kv-layout out.",
-    ),
-    Refusal(
-        "diffusion language models",
-        _option("dllm_algorithm"),
-        "they decode in blocks",
-        "Serve an autoregressive model.",
-    ),
-    Refusal(
-        "KV canary",
-        _option("kv_canary", ("none",)),
-        "it expects slots to stay where they were written",
-        "Leave --kv-canary out.",
-    ),
-    Refusal(
-        "routed experts",
-        _option("enable_return_routed_experts"),
-        _OWN_LENGTHS,
-        "Leave --enable-return-routed-experts out.",
-    ),
-    Refusal(
-        "indexer top-k",
-        _option("enable_return_indexer_topk"),
-        _OWN_LENGTHS,
-        "Leave --enable-return-indexer-topk out.",
-    ),
-    Refusal(
-        "FP4 or MXFP8 KV cache",
-        lambda args: (
-            f"--kv-cache-dtype {args.kv_cache_dtype}"
-            if any(kind in args.kv_cache_dtype for kind in ("fp4", "mxfp8"))
-            else ""
-        ),
-        "scales are stored beside the rows",
-        "Use --kv-cache-dtype auto, bfloat16, fp8_e4m3 or fp8_e5m2.",
-    ),
-    Refusal(
-        "post-capture KV sizing",
-        _environment("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
-        "it leaves no memory for work outside CUDA graphs",
-        "Unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.",
-    ),
-    Refusal(
-        "HND KV pool",
-        _environment("SGLANG_USE_HND_KVCACHE"),
-        "a slot is not one contiguous row",
-        "Unset SGLANG_USE_HND_KVCACHE.",
-    ),
-    Refusal(
-        "C++ radix tree",
-        _environment("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"),
-        "it has not been tested",
-        "Unset SGLANG_EXPERIMENTAL_CPP_RADIX_TREE.",
-    ),
-    Refusal(
-        "SMG gRPC server",
-        _option("smg_grpc_mode"),
-        "its process loads no plugins",
-        "Leave --smg-grpc-mode out; the HTTP server works.",
-    ),
-    Refusal(
-        "Rust server",
-        _environment("SGLANG_RUST_SERVER"),
-        "it loads no plugins",
-        "Unset SGLANG_RUST_SERVER.",
-    ),
-    Refusal(
-        "deterministic inference",
-        _option("enable_deterministic_inference"),
-        "it has not been tested",
-        "Leave --enable-deterministic-inference out.",
-    ),
+    _option("speculative decoding", "speculative_algorithm",
+            "it prepares decode batches by itself"),
+    _option("PD disaggregation", "disaggregation_mode",
+            "rows are transferred by their token count",
+            "Serve prefill and decode in one server.", off=("null",)),
+    _option("hierarchical cache", "enable_hierarchical_cache", _OWN_STREAM),
+    _option("LMCache", "enable_lmcache", _KEYED),
+    _option("FlexKV", "enable_flexkv", _KEYED),
+    _option("external radix cache", "radix_cache_backend", _KEYED),
+    _option("KV events", "kv_events_config", _KEYED),
+    _option("streaming sessions", "enable_streaming_session", _OWN_LENGTHS,
+            "Use ordinary sessions, or send the whole conversation."),
+    _option("session radix cache", "enable_session_radix_cache", _UNTESTED),
+    _option("mixed chunk", "enable_mixed_chunk", _OWN_LENGTHS,
+            "Leave --enable-mixed-chunk out; chunked prefill works."),
+    _parallel("pipeline parallelism", "pp_size", "its scheduler loop fills batches by itself"),
+    _parallel("tensor parallelism", "tp_size", _UNTESTED,
+              "Use --tp-size 1, and one server for each GPU."),
+    _parallel("data parallelism", "dp_size", _UNTESTED,
+              "Use --dp-size 1, and one server for each GPU."),
+    _option("DP attention", "enable_dp_attention", _UNTESTED),
+    _parallel("decode context parallelism", "dcp_size",
+              "a request's slots lie on several ranks"),
+    _parallel("attention context parallelism", "attn_cp_size", _UNTESTED),
+    _option("Ray", "use_ray", "its actors load no plugins"),
+    _parallel("several tokenizer workers", "tokenizer_worker_num", "they load no plugins"),
+    _option("PD multiplexing", "enable_pdmux", _OWN_STREAM),
+    _option("two-batch overlap", "enable_two_batch_overlap", _UNTESTED),
+    _option("unified memory pool", "enable_unified_memory", "it moves slots by itself"),
+    _option("HiSparse", "enable_hisparse", _OWN_STREAM),
+    _option("page-major KV layout", "enable_page_major_kv_layout",
+            "rows of one layer are not contiguous"),
+    _option("diffusion language models", "dllm_algorithm", "they decode in blocks",
+            "Serve an autoregressive model."),
+    _option("KV canary", "kv_canary", "it expects slots to stay where they were written",
+            off=("none",)),
+    _option("routed experts", "enable_return_routed_experts", _OWN_LENGTHS),
+    _option("indexer top-k", "enable_return_indexer_topk", _OWN_LENGTHS),
+    Refusal("FP4 or MXFP8 KV cache", _fp4_or_mxfp8, "scales are stored beside the rows",
+            "Use --kv-cache-dtype auto, bfloat16, fp8_e4m3 or fp8_e5m2."),
+    _switch("post-capture KV sizing", "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+            "it leaves no memory for work outside CUDA graphs"),
+    _switch("HND KV pool", "SGLANG_USE_HND_KVCACHE", "a slot is not one contiguous row"),
+    _switch("C++ radix tree", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", _UNTESTED),
+    _option("SMG gRPC server", "smg_grpc_mode", "its process loads no plugins",
+            "Leave --smg-grpc-mode out; the HTTP server works."),
+    _switch("Rust server", "SGLANG_RUST_SERVER", "it loads no plugins"),
+    _option("deterministic inference", "enable_deterministic_inference", _UNTESTED),
 )
+# fmt: on
 
 
-def _rope_type(model: Any) -> str:
+def _rope_type(model: ModelConfig) -> str:
     kind = serving.rope_settings(model)["rope_type"]
     return "" if kind in ("default", "linear", "llama3", "yarn") else f"RoPE type {kind!r}"
 
 
-def _sliding_window(model: Any) -> str:
-    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
-    if model.is_hybrid_swa or "sliding_attention" in kinds:
-        return "layers with a sliding window"
-    return ""
+def _has_window(model: ModelConfig) -> bool:
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    return model.is_hybrid_swa or "sliding_attention" in kinds
 
 
-_OTHER_MODEL = "Serve another model, or leave --kv-policy out."
-
+# fmt: off
 MODEL_CONFIG = (
-    Refusal(
-        "embedding models",
-        lambda model: "" if model.is_generation else "an embedding model",
-        "they generate nothing",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "encoder-decoder",
-        lambda model: "an encoder-decoder model" if model.is_encoder_decoder else "",
-        "encoder slots precede the prompt",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "M-RoPE",
-        lambda model: "M-RoPE" if model.model_is_mrope else "",
-        "positions are not one number per token",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "multimodal",
-        lambda model: "a multimodal model" if model.is_multimodal else "",
-        "it has not been tested",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "MLA",
-        lambda model: "multi-head latent attention" if serving.has_latent_attention(model) else "",
-        "all heads share one latent row",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "sliding window",
-        _sliding_window,
-        "attention kernels count slots of the window, not positions",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "hybrid SSM",
-        lambda model: (
-            "state-space or linear-attention layers" if serving.has_recurrent_layers(model) else ""
-        ),
-        "their state cannot forget tokens",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "dual-chunk attention",
-        lambda model: (
-            "dual-chunk attention"
-            if getattr(model.hf_config, "dual_chunk_attention_config", None)
-            else ""
-        ),
-        "it counts slots, not positions",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "local attention",
-        lambda model: (
-            "local attention"
-            if model.is_local_attention_model or model.attention_chunk_size
-            else ""
-        ),
-        "it counts slots, not positions",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "other RoPE types",
-        _rope_type,
-        "the score needs its frequencies",
-        "Supported are default, linear, llama3, YaRN and partial rotary.",
-    ),
+    _model("embedding models", "they generate nothing",
+           lambda model: not model.is_generation, "an embedding model"),
+    _model("encoder-decoder", "encoder slots precede the prompt",
+           lambda model: model.is_encoder_decoder, "an encoder-decoder model"),
+    _model("M-RoPE", "positions are not one number per token",
+           lambda model: model.model_is_mrope, "M-RoPE"),
+    _model("multimodal", _UNTESTED, lambda model: model.is_multimodal, "a multimodal model"),
+    _model("MLA", "all heads share one latent row",
+           serving.has_latent_attention, "multi-head latent attention"),
+    _model("sliding window", "attention kernels count slots of the window, not positions",
+           _has_window, "layers with a sliding window"),
+    _model("hybrid SSM", "their state cannot forget tokens",
+           serving.has_recurrent_layers, "state-space or linear-attention layers"),
+    _model("dual-chunk attention", _COUNTS_SLOTS,
+           lambda model: getattr(model.hf_config, "dual_chunk_attention_config", None),
+           "dual-chunk attention"),
+    _model("local attention", _COUNTS_SLOTS,
+           lambda model: model.is_local_attention_model or model.attention_chunk_size,
+           "local attention"),
+    Refusal("other RoPE types", _rope_type, "the score needs its frequencies",
+            "Supported are default, linear, llama3, YaRN and partial rotary."),
 )
+# fmt: on
 
 
 def check_version(settings: KvPolicyConfig) -> None:

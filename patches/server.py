@@ -158,8 +158,8 @@ def check_statistics(settings: KvPolicyConfig, model: ModelConfig) -> None:
     with errors_name_flag("--kv-stats"):
         found.check_geometry(model.num_hidden_layers, model.num_attention_heads, model.head_dim)
         found.check_rope_settings(serving.rope_settings(model))
-        if settings.enabled and POLICIES[settings.policy].needs_second_moments:
-            found.check_second_moments(settings.policy)
+    if settings.enabled:
+        POLICIES[settings.policy].check_second_moments(found.q_square is not None)
     served = model.model_path.rstrip("/").rsplit("/", 1)[-1]
     named = (found.model_name or served).rstrip("/").rsplit("/", 1)[-1]
     if named != served:

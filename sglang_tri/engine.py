@@ -116,11 +116,7 @@ class Engine:
                 f"--kv-policy {settings.policy} needs query statistics, and this server was "
                 "started without any: give --kv-stats FILE."
             )
-        if not self.has_statistics_for(policy):
-            raise KvPolicyError(
-                f"--kv-policy {settings.policy} needs E|q|^2, which this server's --kv-stats file "
-                "lacks, as official files do: use --kv-stats auto, or --kv-policy triattention."
-            )
+        policy.check_second_moments(self.queries is None or self.queries.variance is not None)
         keys, kept = self.cache.keys, ceil_to(settings.budget, self.page_size)
         longest = kept + ceil_to(settings.interval, self.page_size)
         heads = keys.heads if self.queries is None else self.queries.heads

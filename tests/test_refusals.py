@@ -183,7 +183,9 @@ def test_second_moments_that_a_file_lacks(servers: Any, server_args: Any) -> Non
     settings = KvPolicyConfig(policy="triattention", stats=official)
     server.check_statistics(settings, server_args.get_model_config())
     asked = replace(settings, policy="triattention-variance")
-    with pytest.raises(KvPolicyError, match=r"--kv-stats .*stats.pt lacks E\|q\|\^2.*auto makes"):
+    with pytest.raises(
+        KvPolicyError, match=r"triattention-variance needs E\|q\|\^2.*--kv-stats auto"
+    ):
         server.check_statistics(asked, server_args.get_model_config())
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.moves import Budgets, Moves
 from sglang_tri.kernels.pages import PagedBuffers, Pages
 from sglang_tri.kernels.queries import Queries
@@ -69,6 +70,15 @@ class Policy(ABC):
     @classmethod  # noqa: B027 - most take any settings.
     def check_settings(cls, settings: KvPolicyConfig) -> None:
         """Raise `KvPolicyError` where the policy cannot work with `settings`."""
+
+    @classmethod
+    def check_second_moments(cls, known: bool) -> None:
+        """Raise `KvPolicyError` if it needs E|q|^2, and the statistics do not have it."""
+        if cls.needs_second_moments and not known:
+            raise KvPolicyError(
+                f"--kv-policy {cls.name} needs E|q|^2, which this server's --kv-stats file lacks, "
+                "as official files do: use --kv-stats auto, or --kv-policy triattention."
+            )
 
 
 class DirectPolicy(Policy):

@@ -62,11 +62,6 @@ class Statistics:
             if found != wanted:
                 raise self._other_model(f"has {found} {what}", f"has {wanted}")
 
-    def check_second_moments(self, policy: str) -> None:
-        """Raise `KvPolicyError` where E|q_f|^2, which `policy` needs, is missing."""
-        if self.q_square is None:
-            raise KvPolicyError(f"{self.path} lacks E|q|^2, which --kv-policy {policy} needs.")
-
     def check_rope(self, rope: Rope) -> None:
         """Raise `KvPolicyError` where the file says that the model's RoPE was another."""
         style = self.metadata.get("rope_style")

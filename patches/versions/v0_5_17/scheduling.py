@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.base_prefix_cache import (
-        BasePrefixCache,
         MatchPrefixParams,
         MatchResult,
     )
@@ -31,37 +31,32 @@ _STATE = "kv_policy_state"
 _READ_BEFORE_GRAPHS = ("fa3", "fa4", "flashinfer", "triton")
 
 
+# Where SGLang keeps what the hooks read.
+state_of = attrgetter(_STATE)  # of one that was queued; None where its policy is `none`
+identity = attrgetter("rid", "origin_input_ids", "extra_key")  # the last keeps prefixes apart
+vocabulary = attrgetter("vocab_size")  # ids that the model has embeddings for
+custom_params = attrgetter("sampling_params.custom_params")  # beside SGLang's own parameters
+output_limits = attrgetter("sampling_params.max_new_tokens", "sampling_params.min_new_tokens")
+output = attrgetter("output_ids")
+is_finished = methodcaller("finished")
+row = attrgetter("req_pool_idx")  # of the slot table, while it has slots
+physical_length = attrgetter("kv_committed_len")  # slots in use by a running request
+prefilled_length = attrgetter("extend_range.end")  # the same behind a prefill
+committed_length = methodcaller("effective_kv_committed_len")  # slots whose KV is complete
+pool_size = attrgetter("max_total_num_tokens")  # slots of the KV pool
+slot_table = attrgetter("req_to_token_pool.req_to_token")  # int32 [rows, length]
+tree = attrgetter("tree_cache")
+requests = attrgetter("reqs")
+preempted = attrgetter("preempt_list")  # whom it has taken out of the running batch
+matching = attrgetter("req")  # whose prefix is looked up
+
+
 def attach_state(req: Req, request: Request | None) -> None:
     setattr(req, _STATE, request)
 
 
 def has_state(req: Req) -> bool:
     return _STATE in vars(req)
-
-
-def state_of(req: Req) -> Request | None:
-    """The policy's state of a request that has been queued; None where its policy is `none`."""
-    request: Request | None = vars(req)[_STATE]
-    return request
-
-
-def identity(req: Req) -> tuple[str, array[int], str | None]:
-    """Its id, the token ids of its prompt, and what keeps its prefixes apart from others'."""
-    return req.rid, req.origin_input_ids, req.extra_key
-
-
-def vocabulary(req: Req) -> int:
-    """Ids that the model has embeddings for."""
-    return req.vocab_size
-
-
-def custom_params(req: Req) -> object:
-    """What a request brings beside SGLang's own sampling parameters."""
-    return req.sampling_params.custom_params
-
-
-def output(req: Req) -> array[int]:
-    return req.output_ids
 
 
 def tokens(req: Req) -> array[int]:
@@ -92,32 +87,13 @@ def refuse(req: Req, reason: str) -> None:
     req.set_finish_with_abort(reason)
 
 
-def is_finished(req: Req) -> bool:
-    return req.finished()
-
-
 def has_slots(req: Req) -> bool:
     return req.req_pool_idx is not None
-
-
-def row(req: Req) -> int:
-    """Its row of the slot table, while it has slots."""
-    return req.req_pool_idx
-
-
-def physical_length(req: Req) -> int:
-    """Slots in use by a running request."""
-    return req.kv_committed_len
 
 
 def set_physical_length(req: Req, length: int) -> None:
     req.kv_committed_len = length
     req.kv.kv_allocated_len = length
-
-
-def matching(params: MatchPrefixParams) -> Req | None:
-    """Whose prefix is looked up."""
-    return params.req
 
 
 def physical_params(params: MatchPrefixParams, chain: Chain, most: int | None) -> MatchPrefixParams:
@@ -161,16 +137,6 @@ def node_ids(node: TreeNode) -> array[int]:
 def prefix_length(req: Req) -> int:
     """Slots that are not computed in the next prefill."""
     return len(req.prefix_indices)
-
-
-def committed_length(req: Req) -> int:
-    """Slots whose KV is complete."""
-    return req.effective_kv_committed_len()
-
-
-def prefilled_length(req: Req) -> int:
-    """Slots in use behind the prefill that is being prepared."""
-    return req.extend_range.end
 
 
 def prefill_behind(req: Req, slots: torch.Tensor, delta: int) -> None:
@@ -309,20 +275,6 @@ def count_cached(req: Req, tokens: int) -> None:
         req.cached_tokens_device += tokens
 
 
-def pool_size(scheduler: Scheduler) -> int:
-    """Slots of the KV pool."""
-    return scheduler.max_total_num_tokens
-
-
-def slot_table(scheduler: Scheduler) -> torch.Tensor:
-    """int32 [rows, length]: the slots of each request's tokens."""
-    return scheduler.req_to_token_pool.req_to_token
-
-
-def tree(scheduler: Scheduler) -> BasePrefixCache:
-    return scheduler.tree_cache
-
-
 def free(scheduler: Scheduler, slots: torch.Tensor) -> None:
     """`slots`, int64, are free: whole pages, each page's slots together and in order."""
     scheduler.token_to_kv_pool_allocator.free_segment(slots, start_pos=0)
@@ -348,10 +300,6 @@ def wait_for_reads(scheduler: Scheduler, always: bool) -> None:
 
 def queue_again(scheduler: Scheduler, req: Req) -> None:
     scheduler._add_request_to_queue(req)
-
-
-def requests(batch: ScheduleBatch) -> Sequence[Req]:
-    return batch.reqs
 
 
 def shrink_batch(batch: ScheduleBatch, cut: dict[int, int]) -> None:
@@ -386,21 +334,11 @@ def shift_positions(
         batch.positions += offsets(rows, batch.extend_seq_lens, tokens)
 
 
-def preempted(adder: PrefillAdder) -> list[Req]:
-    """Whom it has taken out of the running batch."""
-    return adder.preempt_list
-
-
 def longest_output(scheduler: Scheduler, req: Req, asked: int | None) -> int:
     """`max_new_tokens` as far as the context length and the server's own limit allow."""
     context = scheduler.model_config.context_len - len(req.origin_input_ids) - 2
     limit = scheduler.max_new_tokens_limit or context
     return max(0, min(context if asked is None else asked, context, limit))
-
-
-def output_limits(req: Req) -> tuple[int | None, int]:
-    """`max_new_tokens` and `min_new_tokens`."""
-    return req.sampling_params.max_new_tokens, req.sampling_params.min_new_tokens
 
 
 def limit_output(req: Req, most: int, least: int) -> None:
