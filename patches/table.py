@@ -113,13 +113,13 @@ TABLE = (
     Hook(SCHEDULER, _POOL + "get_decode_usage_msg_parts", AFTER, "scheduler.report_usage",
          ("self",),
          "counters in the decode log line"),
-    Hook(CPU, _LORA + "__init__", AROUND, "cpu_lora.unpin", ("self",),
+    Hook(CPU, _LORA + "__init__", AROUND, "cpu.lora.unpin", ("self",),
          "LoRA without pinned memory"),
-    Hook(CPU, _LORA + "load_lora_adapter", AROUND, "cpu_lora.unpin", ("self",),
+    Hook(CPU, _LORA + "load_lora_adapter", AROUND, "cpu.lora.unpin", ("self",),
          "LoRA without pinned memory"),
-    Hook(CPU, _LORA + "load_lora_adapter_from_tensors", AROUND, "cpu_lora.unpin", ("self",),
+    Hook(CPU, _LORA + "load_lora_adapter_from_tensors", AROUND, "cpu.lora.unpin", ("self",),
          "LoRA without pinned memory"),
-    Hook(CPU, _LORA + "prepare_lora_batch", AROUND, "cpu_lora.unpin", ("self",),
+    Hook(CPU, _LORA + "prepare_lora_batch", AROUND, "cpu.lora.unpin", ("self",),
          "LoRA without pinned memory"),
 )
 # fmt: on

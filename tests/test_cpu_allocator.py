@@ -233,7 +233,7 @@ def test_debug_mode_refuses_a_slot_given_twice(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_single_slots_come_from_the_stock_allocator() -> None:
-    from sglang_tri.patches.cpu_allocator import TorchPagedAllocator, make_allocator
+    from sglang_tri.patches.cpu.allocator import TorchPagedAllocator, make_allocator
 
     options = {"dtype": torch.float32, "device": "cpu", "kvcache": None, "need_sort": False}
     assert type(make_allocator(8, page_size=1, **options)) is TokenToKVPoolAllocator
@@ -241,7 +241,7 @@ def test_single_slots_come_from_the_stock_allocator() -> None:
 
 
 def _torch_allocator() -> type:
-    from sglang_tri.patches.cpu_allocator import TorchPagedAllocator
+    from sglang_tri.patches.cpu.allocator import TorchPagedAllocator
 
     return TorchPagedAllocator
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from sglang_tri.patches import cpu_attention
-from sglang_tri.patches.cpu_attention import PrefixAttention
+from sglang_tri.patches.cpu import attention
+from sglang_tri.patches.cpu.attention import PrefixAttention
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -54,7 +54,7 @@ def test_equals_sglang(lengths: list[tuple[int, int]]) -> None:
 def test_the_rest_is_left_to_sglang(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(cpu_attention, "_attend")
+    monkeypatch.delattr(attention, "_attend")
     lengths = [(5, 3), (0, 4)]
     expected = extend(TorchNativeAttnBackend, lengths, **options)
     torch.testing.assert_close(extend(PrefixAttention, lengths, **options), expected)

@@ -13,11 +13,11 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_tri import cpu
-from sglang_tri.patches import cpu_platform
-from sglang_tri.patches.cpu_lora import Unpinned
-from sglang_tri.patches.cpu_platform import TorchCpuPlatform, activate
+from sglang_tri.patches.cpu import platform as cpu_platform
+from sglang_tri.patches.cpu.lora import Unpinned
+from sglang_tri.patches.cpu.platform import TorchCpuPlatform, activate
 
-NAME = "sglang_tri.patches.cpu_platform.TorchCpuPlatform"
+NAME = "sglang_tri.patches.cpu.platform.TorchCpuPlatform"
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_tri.patches.cpu_allocator import make_allocator
+from sglang_tri.patches.cpu.allocator import make_allocator
 
 VOCABULARY = 64
 EOS = 1

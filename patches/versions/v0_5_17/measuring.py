@@ -185,7 +185,7 @@ def every_core() -> AbstractContextManager[None]:
     """Inside, a model on a CPU takes all cores, also those that are others' while it serves."""
     from sglang.srt.platforms import current_platform
 
-    from sglang_tri.patches.cpu_platform import TorchCpuPlatform
+    from sglang_tri.patches.cpu.platform import TorchCpuPlatform
 
     if isinstance(current_platform, TorchCpuPlatform):
         return current_platform.every_core()

@@ -111,7 +111,7 @@ class TorchCpuPlatform(CpuSRTPlatform):
         Functions that SGLang and llguidance hand to `torch.compile` (masks, penalties) run as
         they are: compiling one takes half a minute, in the middle of serving, and a C++ compiler.
 
-        `torch_native` attention becomes `cpu_attention.PrefixAttention`, and LoRA adapters are not
+        `torch_native` attention becomes `attention.PrefixAttention`, and LoRA adapters are not
         pinned in memory.
         """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -157,7 +157,7 @@ class TorchCpuPlatform(CpuSRTPlatform):
 
     def get_paged_allocator_cls(self) -> Callable[..., BaseTokenToKVPoolAllocator]:
         """What SGLang calls to make its slot allocator, at every page size."""
-        from sglang_tri.patches.cpu_allocator import make_allocator
+        from sglang_tri.patches.cpu.allocator import make_allocator
 
         return make_allocator
 
@@ -168,6 +168,6 @@ def _is_slow(dtype: torch.dtype) -> bool:
 
 def _make_attention(runner: ModelRunner) -> AttentionBackend:
     # Not while SGLang imports its model runner, which calls `init_backend` in passing.
-    from sglang_tri.patches.cpu_attention import PrefixAttention
+    from sglang_tri.patches.cpu.attention import PrefixAttention
 
     return PrefixAttention(runner)
