@@ -17,12 +17,14 @@ from typing import Any
 
 import requests
 
+from sglang_tri.patches.cpu import activation
+
 READY_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 # Below those that Linux gives to clients.
 PORTS = (20000, 32000)
-# Stock SGLang: of our plugins only the platform that makes it run without an accelerator.
-STOCK_ENVIRONMENT = {"SGLANG_PLUGINS": "sglang_tri_cpu"}
+# Stock SGLang: of our plugins only the platform, where there is no accelerator to run on.
+STOCK_ENVIRONMENT = {"SGLANG_PLUGINS": activation.NAME, **activation.environment()}
 # SGLang checks its pool after every step: used + free + cached slots must make the whole.
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from sglang_tri import __version__, config
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import calibrate, doctor
+from sglang_tri.patches.cpu import activation
 from sglang_tri.statistics import commands
 
 
@@ -18,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "calibrate":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command in ("doctor", "calibrate"):
+        # Both stand for a server with a policy, and have not imported SGLang yet.
+        os.environ.update(activation.environment())
     try:
         if arguments.command == "doctor":
             return doctor.run(config.from_namespace(arguments), arguments.model_path)

@@ -15,6 +15,7 @@ from sglang_tri import statistics as stats
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import hooks, refusals, table
+from sglang_tri.patches.cpu.activation import check_platform
 from sglang_tri.patches.versions import serving
 from sglang_tri.patches.versions.interface import ModelConfig, ServerArgs, TokenizerManager
 from sglang_tri.policies import POLICIES
@@ -47,6 +48,8 @@ def parse_flags(
     """AROUND ServerArgs.from_cli_args: SGLang drops what it does not know; keep ours."""
     try:
         settings = config.from_namespace(args)
+        if settings.enabled:
+            check_platform()
         server_args = original(cls, args)
         attach(server_args, settings)
     except KvPolicyError as error:
@@ -60,6 +63,8 @@ def take_keywords(
     """AROUND ServerArgs.__init__: `sgl.Engine(kv_policy=...)` passes its keywords on to here."""
     ours = {flag.keyword for flag in config.FLAGS} & set(kwargs)
     settings = KvPolicyConfig.from_keywords({name: kwargs.pop(name) for name in ours})
+    if settings.enabled:
+        check_platform()
     original(server_args, *args, **kwargs)
     attach(server_args, settings)
 

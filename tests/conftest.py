@@ -17,11 +17,14 @@ from bench.server import Server
 from bench.tiny_adapters import make_adapter
 from bench.tiny_models import make_model, make_stats
 from sglang_tri import statistics as stats
+from sglang_tri.patches.cpu import activation
 from tests.setups import BUDGET, INTERVAL, SETUPS, Setup
 
 PROBE = Path(__file__).parent / "probe"
 # The servers need the other cores, and small matrices lose more by threads than they win.
 torch.set_num_threads(1)
+# For SGLang in this process, and in those that tests start from Python.
+os.environ.update(activation.environment())
 
 
 class Running:
@@ -110,6 +113,8 @@ class Servers:
                 "PYTHONPATH": os.pathsep.join([str(PROBE), os.environ.get("PYTHONPATH", "")]),
                 **setup.environment,
             }
+            if setup.policy:
+                environment[activation.VARIABLE] = ""  # The flag is to be enough.
             server = Server(model, arguments, folder / "log", environment)
             self._running[name] = Running(name, server, model, folder)
         return self._running[name]

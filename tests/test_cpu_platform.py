@@ -1,10 +1,8 @@
-"""The CPU platform: when it takes over, and what it tells SGLang."""
+"""What the CPU platform tells SGLang."""
 
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,54 +13,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 from sglang_tri import cpu
 from sglang_tri.patches.cpu import platform as cpu_platform
 from sglang_tri.patches.cpu.lora import Unpinned
-from sglang_tri.patches.cpu.platform import TorchCpuPlatform, activate
-
-NAME = "sglang_tri.patches.cpu.platform.TorchCpuPlatform"
-
-
-@pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine on which torch sees no accelerator, whatever this one has."""
-    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    return monkeypatch
-
-
-def test_active_without_an_accelerator(bare: pytest.MonkeyPatch) -> None:
-    assert activate() == NAME
-    bare.setenv("SGLANG_USE_CPU_ENGINE", "0")
-    assert activate() == NAME
-
-
-def test_gives_way_to_the_cpu_engine(bare: pytest.MonkeyPatch) -> None:
-    bare.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    assert activate() is None
-
-
-@pytest.mark.parametrize("module", [torch.cuda, torch.accelerator])
-def test_gives_way_to_an_accelerator(bare: pytest.MonkeyPatch, module: object) -> None:
-    bare.setattr(module, "is_available", lambda: True)
-    assert activate() is None
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
-@pytest.mark.parametrize(
-    ("engine", "expected"), [("0", "TorchCpuPlatform True cpu"), ("1", "CpuSRTPlatform False cpu")]
-)
-def test_sglang_resolves_it_through_the_entry_point(engine: str, expected: str) -> None:
-    code = (
-        "from sglang.srt.platforms import current_platform as p;"
-        "print(type(p).__name__, p.is_out_of_tree(), p.get_device(None))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"SGLANG_USE_CPU_ENGINE": engine, "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split("\n")[-2] == expected
+from sglang_tri.patches.cpu.platform import TorchCpuPlatform
 
 
 def _server_args(model_dtype: torch.dtype = torch.float16, **given: object) -> SimpleNamespace:
@@ -218,7 +169,7 @@ def test_answers_of_the_platform() -> None:
     assert isinstance(platform, SRTPlatform)
     assert platform.is_out_of_tree()
     assert not platform.is_cpu()  # SGLang's CPU engine is something else
-    assert platform.device_type == "cpu"
+    assert platform.device_type == platform.get_device() == "cpu"
     assert platform.get_default_attention_backend() == "torch_native"
     assert platform.get_torch_distributed_backend_str() == "gloo"
     assert platform.get_dispatch_key_name() == "native"

@@ -58,7 +58,7 @@ def test_the_wheel_holds_all_packages(tmp_path: Path) -> None:
 def test_entry_points() -> None:
     for group, value in (
         ("sglang.srt.plugins", "sglang_tri.patches.plugin:load"),
-        ("sglang.srt.platforms", "sglang_tri.patches.cpu.platform:activate"),
+        ("sglang.srt.platforms", "sglang_tri.patches.cpu.activation:activate"),
         ("console_scripts", "sglang_tri.patches.cli:main"),
     ):
         assert value in {entry.value for entry in entry_points(group=group)}

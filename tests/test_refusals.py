@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -170,7 +171,10 @@ def test_the_real_command_line(servers: Any) -> None:
     command = [sys.executable, "-m", "sglang.launch_server"]
     command += ["--model-path", str(servers.model("qwen3"))]
     command += ["--kv-policy", "triattention", "--kv-stats", "no/such.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, "SGLANG_PLATFORM": ""}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert result.returncode != 0
     assert "--kv-stats no/such.pt does not exist" in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr

@@ -1,8 +1,8 @@
 """An out-of-tree SGLang platform for machines without an accelerator.
 
-Unmodified SGLang serves on a CPU only with kernels built for that. Registered as a platform, this
-class steers it to its plain torch paths instead: slow, but the scheduler, the radix tree and the
-KV pools are the real ones, so everything built on them runs and can be tested without a GPU.
+Unmodified SGLang serves on a CPU only with kernels built for that. Where this class is its platform
+(see `activation`), it takes plain torch paths instead: slow, but the scheduler, the radix tree and
+the KV pools are the real ones, so everything built on them runs and can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -33,19 +33,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOTAL_TOKENS = 65536
 # Processes of the server besides the one that runs the model: HTTP with tokenizer, detokenizer.
 OTHER_PROCESSES = 2
-
-
-def activate() -> str | None:
-    """Dotted name of the platform class, or None to leave this machine to SGLang.
-
-    None where torch sees an accelerator of any kind, and where the environment asks for SGLang's
-    own CPU engine (`SGLANG_USE_CPU_ENGINE=1`).
-    """
-    if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
-        return None
-    if torch.cuda.is_available() or torch.accelerator.is_available():
-        return None
-    return f"{__name__}.{TorchCpuPlatform.__qualname__}"
 
 
 class TorchCpuPlatform(CpuSRTPlatform):
