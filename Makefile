@@ -1,5 +1,4 @@
 # Everything runs in .venv, which `make` fills on first use: SGLang is 9 GB and takes a minute or two.
-SGLANG := 0.5.17
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := .venv/bin/python
 
@@ -39,7 +38,7 @@ clean:
 
 .venv/.ready: pyproject.toml Makefile | $(UV)
 	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.13' .venv
-	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) 'sglang==$(SGLANG)' -e '.[dev]'
+	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) -e '.[dev]'
 	touch $@
 
 .uv/bin/uv:

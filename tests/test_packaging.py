@@ -6,11 +6,14 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
+from sglang_tri.patches.sglang_0517 import TESTED_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("sglang_tri", "kernels", "patches")
@@ -53,6 +56,12 @@ def test_the_wheel_holds_all_packages(tmp_path: Path) -> None:
         for path in (ROOT / folder).rglob("*.py"):
             if (ROOT / "sglang_tri").resolve() in path.parents or folder != "sglang_tri":
                 assert prefix + path.relative_to(ROOT / folder).as_posix() in held
+    assert "sglang_tri/py.typed" in held  # Type checkers of others read our annotations.
+
+
+def test_pip_installs_a_tested_sglang() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == [f"sglang=={version}" for version in TESTED_VERSIONS]
 
 
 def test_entry_points() -> None:
