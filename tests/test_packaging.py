@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_tri.patches.sglang_0517 import TESTED_VERSIONS
+from sglang_tri.patches.versions import TESTED_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("sglang_tri", "kernels", "patches")
