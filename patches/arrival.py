@@ -13,7 +13,7 @@ from numbers import Integral
 from typing import Any
 
 from sglang_tri.errors import KvPolicyError, shown
-from sglang_tri.patches import request_settings, salts, server
+from sglang_tri.patches import salts, server
 from sglang_tri.patches.versions import serving
 from sglang_tri.patches.versions.interface import TokenizerManager
 
@@ -81,7 +81,7 @@ def _wrong_sampling(manager: TokenizerManager, params: object) -> str:
     settings = server.attached(manager.server_args) if custom_params else None
     try:
         if settings is not None:
-            request_settings.settings_of(settings, custom_params)
+            settings.for_request(custom_params)
     except KvPolicyError as error:
         return str(error)
     return ""

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from sglang_tri.config import KvPolicyConfig
+from sglang_tri.config import KvPolicyConfig, requests_may_set
 from sglang_tri.engine import Engine, Observer
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.workspace import Workspace
-from sglang_tri.patches import calibrate, hooks, request_settings, server, table
+from sglang_tri.patches import calibrate, hooks, server, table
 from sglang_tri.patches.versions import loading, scheduling
 from sglang_tri.patches.versions.interface import (
     ForwardBatch,
@@ -93,7 +93,7 @@ def start(original: Callable[..., None], scheduler: Scheduler, *args: Any, **kwa
     activate(Active(engine, scheduler))
     statistics = _read_statistics(scheduler, engine)
     engine.check_runnable(settings)
-    warm_up(engine, all_settings(settings, request_settings.allowed()))
+    warm_up(engine, all_settings(settings, requests_may_set()))
     logger.info(
         "KV policy: %s, mode %s, budget %d, interval %d, reuse %s, statistics %s",
         settings.policy,
@@ -165,7 +165,7 @@ def queue(scheduler: Scheduler, req: Req, is_retracted: bool = False) -> None:
     rid, prompt, scope = scheduling.identity(req)
     try:
         _check_prompt(prompt, scheduling.vocabulary(req))
-        settings = request_settings.settings_of(engine.settings, scheduling.custom_params(req))
+        settings = engine.settings.for_request(scheduling.custom_params(req))
         scheduling.attach_state(req, engine.queue(rid, prompt, settings, scope))
     except KvPolicyError as error:
         _refuse(req, str(error))
@@ -222,9 +222,8 @@ def _settings(req: Req) -> KvPolicyConfig | None:
     """The request's settings; None where its policy is `none`, or it is refused in any case."""
     if scheduling.is_refused(req):
         return None
-    server_settings, own = active().engine.settings, scheduling.custom_params(req)
     try:
-        settings = request_settings.settings_of(server_settings, own)
+        settings = active().engine.settings.for_request(scheduling.custom_params(req))
     except KvPolicyError:
         return None  # `queue` says so.
     return settings if settings.enabled else None

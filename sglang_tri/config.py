@@ -7,6 +7,7 @@ and the README's table follow.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -25,6 +26,8 @@ LEAST_RECENT = 16
 PREFIX = "kv_"
 # --kv-stats: measure the loaded model.
 AUTO = "auto"
+# "1": requests may bring settings of their own. They are not public yet: tests switch them on.
+PER_REQUEST = "SGLANG_KV_POLICY_PER_REQUEST"
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,29 @@ class KvPolicyConfig:
                 f"Use --kv-{name} {bound} or less, or a larger --kv-{limit}."
             )
 
+    def for_request(self, custom_params: object) -> KvPolicyConfig:
+        """The settings of a request: these, but for what it sets itself.
+
+        Args:
+            custom_params: of its sampling parameters; only what an object has under "kv_policy" is
+                looked at. A client sends it: it may be anything that JSON can say.
+
+        Raises:
+            KvPolicyError: settings that cannot work, or that no request may bring.
+        """
+        own = custom_params.get("kv_policy") if isinstance(custom_params, dict) else None
+        if own is None or own == {}:
+            return self
+        if not requests_may_set():
+            raise KvPolicyError(
+                f"custom_params['kv_policy'] {shown(own)} is not public: leave it out, and set "
+                "--kv-policy for the whole server."
+            )
+        try:
+            return self.with_overrides(own)
+        except KvPolicyError as error:
+            raise KvPolicyError(f"custom_params['kv_policy']: {error}") from error
+
     def with_overrides(self, overrides: object) -> KvPolicyConfig:
         """A copy with some fields replaced, validated again.
 
@@ -183,6 +209,11 @@ class KvPolicyConfig:
 
 FLAGS = tuple(Flag(f.name, f.default, **f.metadata) for f in fields(KvPolicyConfig) if f.metadata)
 _BY_NAME = {flag.name: flag for flag in FLAGS}
+
+
+def requests_may_set() -> bool:
+    """Whether requests may bring settings of their own."""
+    return os.environ.get(PER_REQUEST) == "1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

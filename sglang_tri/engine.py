@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from sglang_tri.policies.base import Candidates, Policy
 from sglang_tri.request.region import ceil_to
 from sglang_tri.request.request import Request
 from sglang_tri.round.plan import DueRequest, Round, plan, upload
-from sglang_tri.round.run import WORKSPACE_BYTES, KvCache, RoundSize, run
+from sglang_tri.round.run import WORKSPACE_BYTES, KvCache, RoundSize, keeps_by_layer, run
 
 # A plan is made on one stream and read on another: its tensors must outlive both in-flight steps.
 _STEPS_KEPT_ALIVE = 4
@@ -110,7 +110,7 @@ class Engine:
         """Raise `KvPolicyError` if this server lacks what the policy of `settings` needs."""
         if not settings.enabled:
             return
-        policy = POLICIES[settings.policy]
+        policy = self._policies[settings.policy]
         if policy.needs_statistics and self.queries is None:
             raise KvPolicyError(
                 f"--kv-policy {settings.policy} needs query statistics, and this server was "
@@ -120,7 +120,7 @@ class Engine:
         keys, kept = self.cache.keys, ceil_to(settings.budget, self.page_size)
         longest = kept + ceil_to(settings.interval, self.page_size)
         heads = keys.heads if self.queries is None else self.queries.heads
-        by_layer = policy.by_layer(settings)
+        by_layer = keeps_by_layer(policy, settings)
         largest = RoundSize(len(keys), heads, keys.heads, by_layer, longest, kept)
         largest.check_fits(self.workspace.size)
 
@@ -132,7 +132,8 @@ class Engine:
         Raises:
             KvPolicyError: the settings are not possible on this server.
         """
-        self.check_runnable(settings)
+        if settings is not self.settings:  # The server's own were checked at its start.
+            self.check_runnable(settings)
         if not settings.enabled:
             return None
         return Request.queued(rid, prompt, settings, self.page_size, self.think_mark, scope)
@@ -144,18 +145,14 @@ class Engine:
 
     def report(self) -> dict[str, Any]:
         """Settings and counters, plain values, for `/server_info`."""
-        settings, counters = self.settings, self.counters
+        settings = self.settings
         return {
             "policy": settings.policy,
             "mode": settings.eviction_mode,
             "budget": settings.budget,
             "interval": settings.interval,
             "reuse": settings.reuse,
-            "rounds": counters.rounds,
-            "evicted_tokens": counters.evicted_tokens,
-            "requests_evicted": counters.requests_evicted,
-            "requests_refused": counters.requests_refused,
-            "resident_generated_max": counters.resident_generated_max,
+            **asdict(self.counters),
             "statistics": self.statistics,
             **self.aliases.report(),
         }

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 
-def ask(folder: Path, timeout_s: float = 60) -> dict[str, Any]:
-    """The probe's report; resets the peak that it has seen."""
+def ask(folder: Path, timeout_s: float = 60, profile: bool = False) -> dict[str, Any]:
+    """The probe's report; resets the peak that it has seen.
+
+    Args:
+        profile: note from now on whose functions run, for the next report.
+    """
     folder.mkdir(exist_ok=True)
-    (folder / "ask").touch()
+    (folder / "asked").write_text("profile" if profile else "")
+    (folder / "asked").rename(folder / "ask")
     deadline = time.monotonic() + timeout_s
     while not (folder / "answer").exists():
         if time.monotonic() > deadline:

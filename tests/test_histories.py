@@ -27,10 +27,10 @@ from hypothesis.stateful import (
 )
 
 from sglang_tri import config
-from sglang_tri.config import KvPolicyConfig
+from sglang_tri.config import PER_REQUEST, KvPolicyConfig
 from sglang_tri.engine import Engine
 from sglang_tri.history import Lookup
-from sglang_tri.patches import request_settings, scheduler
+from sglang_tri.patches import scheduler
 from sglang_tri.policies import POLICIES
 from tests.histories.asks import (
     ASKS,
@@ -281,7 +281,7 @@ class Histories(RuleBasedStateMachine):
 def server() -> Iterator[None]:
     """The hooks, and a policy and limits that make histories short."""
     with pytest.MonkeyPatch.context() as patch, hooked():
-        patch.setenv(request_settings.PER_REQUEST, "1")
+        patch.setenv(PER_REQUEST, "1")
         patch.setenv(FORCE_MISS, "0")
         patch.setattr(config, "LEAST_RECENT", 4)
         patch.setitem(POLICIES, "triattention", ByDigest)

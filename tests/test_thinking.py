@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from sglang_tri.config import KvPolicyConfig
-from sglang_tri.history import Lookup
 from sglang_tri.patches.versions.v0_5_17.loading import think_mark
 from sglang_tri.request.request import Request
 
@@ -49,7 +48,7 @@ MARK = array("q", [901, 902, 901, 903])
 def thinker(reuse: str = "continuation") -> Request:
     """Ten prompt tokens, and the region behind them open."""
     settings = KvPolicyConfig(policy="triattention", reuse=reuse)
-    request = Request("rid", settings, Lookup(None), 10, think_mark=MARK)
+    request = Request.queued("rid", array("q", [1] * 10), settings, 1, MARK)
     request.decoded(10, array("q"))
     return request
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.arms import Arm, triattention
 from bench.server import STOCK_ENVIRONMENT, STRICT, Server, stop_all
-from sglang_tri.patches.request_settings import PER_REQUEST
+from sglang_tri.config import PER_REQUEST
 from sglang_tri.patches.scheduler import TRACE, TRACE_ROWS
 
 BUDGET, INTERVAL = 48, 24

@@ -74,7 +74,7 @@ def equal_members(pool: Pool) -> float:
     """The share of one request's kept candidates that plain torch keeps too."""
     candidates = slice_requests(pool.candidates()[0], 0, 1)
     pool.workspace.reset()
-    moves = choose(TriAttention(), candidates, candidates.layers)
+    moves = choose(TriAttention(), candidates, len(candidates.keys))
     kept = moves.packed(pool.cell.budget)[0].sort(-1).values
     batch = pool.batch(0, 1)
     expected = baselines.choose(batch, baselines.folded(batch, pool.statistics.queries()))

@@ -49,10 +49,6 @@ class Candidates:
     queries: Queries | None
     workspace: Workspace
 
-    @property
-    def layers(self) -> int:
-        return len(self.keys)
-
 
 class Policy(ABC):
     """Chooses what is kept. Declares what it needs; the server does not start without it."""
@@ -61,11 +57,6 @@ class Policy(ABC):
     needs_statistics: ClassVar[bool] = False
     needs_second_moments: ClassVar[bool] = False
     needs_positions: ClassVar[bool] = False
-
-    @classmethod
-    def by_layer(cls, settings: KvPolicyConfig) -> bool:
-        """Whether each layer has kept sets of its own."""
-        return False
 
     @classmethod  # noqa: B027 - most take any settings.
     def check_settings(cls, settings: KvPolicyConfig) -> None:
@@ -104,7 +95,3 @@ class ScoringPolicy(Policy):
     @abstractmethod
     def score(self, candidates: Candidates) -> Scores:
         """Scores of the candidates in the layers given; higher is kept."""
-
-    @classmethod
-    def by_layer(cls, settings: KvPolicyConfig) -> bool:
-        return settings.eviction_mode == "per-layer-per-head"

@@ -50,7 +50,7 @@ class Request:
         lookup: for finding compressed history.
         prompt: tokens of its prompt.
         page_size: slots per page.
-        think_mark: token ids that end the model's thinking, or none.
+        think_mark: token ids that end its thinking, or none if that closes no region.
         stagger: see `stagger_slots`.
         rounds, evicted_tokens: totals.
         history: the compressed history that its prefix was found under.
@@ -103,7 +103,9 @@ class Request:
         """
         stagger = stagger_slots(settings, prompt, page_size)
         lookup = Lookup((settings, scope))
-        return cls(rid, settings, lookup, len(prompt), page_size, think_mark, stagger)
+        # What nobody goes on from later need not be told apart from the answer.
+        mark = think_mark if settings.continues else array("q")
+        return cls(rid, settings, lookup, len(prompt), page_size, mark, stagger)
 
     # Questions.
 
@@ -115,7 +117,9 @@ class Request:
     @property
     def delta(self) -> int:
         """Logical minus physical length."""
-        return self.regions[-1].delta if self.regions else self.chain.delta
+        if self.regions:
+            return self.regions[-1].delta
+        return self.history.chain.delta if self.history else 0
 
     @property
     def compressed(self) -> list[Region]:
@@ -204,7 +208,7 @@ class Request:
 
     def _end_of_thinking(self, output: array[int]) -> int | None:
         """Logical position behind the end of thinking; None where there is none, or not yet."""
-        if self.think_end is not None or not self.think_mark or not self.settings.continues:
+        if self.think_end is not None or not self.think_mark:
             return self.think_end
         end = _end_of(self.think_mark, output, self.scanned)
         return None if end is None else self.prompt + end

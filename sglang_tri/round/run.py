@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from sglang_tri.kernels.select import aggregate, select
 from sglang_tri.kernels.workspace import ALIGNMENT
 from sglang_tri.policies.base import Candidates, DirectPolicy, Policy, ScoringPolicy
 from sglang_tri.round.plan import Round, upload
+
+if TYPE_CHECKING:
+    from sglang_tri.config import KvPolicyConfig
 
 # Reserved before the engine sizes its KV pool.
 WORKSPACE_BYTES = 64 << 20
@@ -33,11 +37,12 @@ def run(
         1, kept].
     """
     chunks = ScoringChunks.of(candidates, policy)
-    step = chunks.layers if policy.by_layer(candidates.settings) else candidates.layers
+    layers = len(candidates.keys)
+    step = chunks.layers if keeps_by_layer(policy, candidates.settings) else layers
     packed = []
     for first in range(0, candidates.pages.requests, chunks.requests):
         requests = slice_requests(candidates, first, first + chunks.requests)
-        for layer in range(0, candidates.layers, step):
+        for layer in range(0, layers, step):
             candidates.workspace.reset()
             moves = choose(policy, slice_layers(requests, layer, layer + step), chunks.layers)
             cache.compact(requests.pages, moves, layer, layer + step)
@@ -46,7 +51,7 @@ def run(
                 packed.append(moves.packed(candidates.budgets.largest))
     if not trace:
         return None
-    each = -(-candidates.layers // step)
+    each = -(-layers // step)
     of_requests = [torch.cat(packed[first : first + each]) for first in range(0, len(packed), each)]
     return torch.cat(of_requests, 1)
 
@@ -60,10 +65,11 @@ def choose(policy: Policy, candidates: Candidates, step: int) -> Moves:
     settings = candidates.settings
     heads, mode = candidates.keys.heads, settings.eviction_mode
     selection = Selection(heads, mode, settings.normalize, policy.keeps_order)
-    *before, last = range(0, candidates.layers, step)
+    layers = len(candidates.keys)
+    *before, last = range(0, layers, step)
     earlier = _aggregate(policy, candidates, selection, before, step) if before else None
     return select(
-        policy.score(slice_layers(candidates, last, candidates.layers)),
+        policy.score(slice_layers(candidates, last, layers)),
         candidates.pages,
         candidates.budgets,
         selection,
@@ -248,14 +254,19 @@ class ScoringChunks:
         return cls(1, max(1, (room - round_size.fixed_bytes) // round_size.layer_bytes))
 
 
+def keeps_by_layer(policy: Policy, settings: KvPolicyConfig) -> bool:
+    """Whether each layer has kept sets of its own; without scores there is one for all layers."""
+    return isinstance(policy, ScoringPolicy) and settings.eviction_mode == "per-layer-per-head"
+
+
 def round_size(candidates: Candidates, policy: Policy) -> RoundSize:
     """What the memory of a round depends on; without queries each KV head is scored by itself."""
     heads = candidates.keys.heads if candidates.queries is None else candidates.queries.heads
     return RoundSize(
-        candidates.layers,
+        len(candidates.keys),
         heads,
         candidates.keys.heads,
-        policy.by_layer(candidates.settings),
+        keeps_by_layer(policy, candidates.settings),
         candidates.pages.longest,
         candidates.budgets.largest,
     )
@@ -273,7 +284,7 @@ def slice_requests(candidates: Candidates, first: int, last: int) -> Candidates:
 
 def slice_layers(candidates: Candidates, first: int, last: int) -> Candidates:
     """Layers [first, last)."""
-    last = min(last, candidates.layers)
+    last = min(last, len(candidates.keys))
     positions, queries = candidates.positions, candidates.queries
     key_scale, value_scale = candidates.key_scale, candidates.value_scale
     return replace(

@@ -3,6 +3,8 @@
 It answers when a file named `ask` appears in `$KV_PROBE_FOLDER`: digests of the slots that the
 radix tree owns, the most slots that were ever in use, and what retracted requests resumed from.
 Lengths come from the allocator. How it finds the engine before the first request is in `start`.
+
+From an `ask` that says "profile" to the next one it notes the files of all functions that run.
 """
 
 from __future__ import annotations
@@ -11,11 +13,16 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 _peak = {"used": 0}
 _preempted = {"times": 0}
 _resumed = {}
+# Files by the innermost of our hooks on rounds that their functions ran in, "" for none.
+_files = {}
+_inside = []
+ROUND_HOOKS = ("plan_rounds", "run_rounds")
 
 
 def load() -> None:
@@ -84,11 +91,25 @@ def _start(scheduler):
     (folder / "start").write_text(json.dumps(report))
 
 
+def _note(frame, event, argument):
+    code = frame.f_code
+    if "sglang_tri" not in code.co_filename:
+        return
+    if event == "call":
+        if code.co_name in ROUND_HOOKS:
+            _inside.append(code.co_name)
+        _files.setdefault(_inside[-1] if _inside else "", set()).add(code.co_filename)
+    elif event == "return" and code.co_name in ROUND_HOOKS:
+        _inside.pop()
+
+
 def _answer(result, scheduler, requests):
     folder = Path(os.environ["KV_PROBE_FOLDER"])
     if not (folder / "ask").exists():
         return
+    sys.setprofile(None)
     report = {
+        "files": {hook: sorted(files) for hook, files in _files.items()},
         "peak_used": _peak["used"],
         "preempted": _preempted["times"],
         "resumed": _resumed,
@@ -99,6 +120,9 @@ def _answer(result, scheduler, requests):
     _peak["used"] = 0
     partial = folder / "partial"
     partial.write_text(json.dumps(report))
+    _files.clear()
+    if (folder / "ask").read_text() == "profile":
+        sys.setprofile(_note)
     (folder / "ask").unlink()
     partial.rename(folder / "answer")
 
