@@ -38,7 +38,7 @@ class Budgets:
         full[1] = recent
         return cls(full[0], full[1], kept)
 
-    def part(self, first: int, last: int) -> Budgets:
+    def slice_requests(self, first: int, last: int) -> Budgets:
         """Requests [first, last)."""
         return Budgets(self.kept[first:last], self.recent[first:last], self.largest)
 

@@ -74,7 +74,7 @@ class PagedBuffers:
         addresses = [layer.data_ptr() for layer in self.layers]
         return torch.tensor(addresses, dtype=torch.int64).to(self.device)
 
-    def part(self, first: int, last: int) -> PagedBuffers:
+    def slice_layers(self, first: int, last: int) -> PagedBuffers:
         """Layers [first, last)."""
         if (first, last) == (0, len(self)):
             return self
@@ -125,7 +125,7 @@ class Pages:
         token = torch.arange(skipped, skipped + count, device=self.indices.device)
         return self.indices[first:last].long()[token // self.page_size], token % self.page_size
 
-    def part(self, first: int, last: int) -> Pages:
+    def slice_requests(self, first: int, last: int) -> Pages:
         """Requests [first, last)."""
         return Pages(
             self.indptr[first : last + 1],

@@ -84,7 +84,7 @@ class Queries:
         query[..., second] = rotated.imag
         return query
 
-    def part(self, first: int, last: int) -> Queries:
+    def slice_layers(self, first: int, last: int) -> Queries:
         """Layers [first, last)."""
         return Queries(
             self.centre[first:last],

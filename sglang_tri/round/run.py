@@ -176,7 +176,7 @@ class KvCache:
             return
         # K and V may lie one behind the other in one set of buffers.
         parts = [
-            rows.part(start + first, start + min(last, layers))
+            rows.slice_layers(start + first, start + min(last, layers))
             for rows in self.rows
             for start in range(0, len(rows), layers)
         ]
@@ -276,9 +276,9 @@ def slice_requests(candidates: Candidates, first: int, last: int) -> Candidates:
     """Requests [first, last)."""
     return replace(
         candidates,
-        pages=candidates.pages.part(first, last),
+        pages=candidates.pages.slice_requests(first, last),
         logical=candidates.logical[first:last],
-        budgets=candidates.budgets.part(first, last),
+        budgets=candidates.budgets.slice_requests(first, last),
     )
 
 
@@ -289,10 +289,10 @@ def slice_layers(candidates: Candidates, first: int, last: int) -> Candidates:
     key_scale, value_scale = candidates.key_scale, candidates.value_scale
     return replace(
         candidates,
-        keys=candidates.keys.part(first, last),
-        values=candidates.values.part(first, last),
-        positions=None if positions is None else positions.part(first, last),
+        keys=candidates.keys.slice_layers(first, last),
+        values=candidates.values.slice_layers(first, last),
+        positions=None if positions is None else positions.slice_layers(first, last),
         key_scale=None if key_scale is None else key_scale[first:last],
         value_scale=None if value_scale is None else value_scale[first:last],
-        queries=None if queries is None else queries.part(first, last),
+        queries=None if queries is None else queries.slice_layers(first, last),
     )
