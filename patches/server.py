@@ -193,7 +193,7 @@ def confirm(
             )
         return
     _prepared = False
-    infos = serving.scheduler_infos(result)
+    infos = result[3].scheduler_infos
     if not all(info.pop(READY, None) == settings.policy for info in infos):
         raise RuntimeError(
             f"--kv-policy {settings.policy} is not active in the scheduler process: is sglang-tri "

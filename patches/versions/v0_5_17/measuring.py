@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
     from sglang_tri.statistics.calibration_text import Tokenizer
     from sglang_tri.statistics.rope import Rope
+
+model_path = attrgetter("server_args.model_path")
+# Attention layers of the model.
+layers = attrgetter("tp_worker.model_runner.model_config.num_hidden_layers")
+
+
+def weights(scheduler: Scheduler) -> Iterable[tuple[str, torch.Tensor]]:
+    """Names and tensors of the model."""
+    return scheduler.tp_worker.model_runner.model.state_dict().items()
 
 
 def tokenizer(scheduler: Scheduler) -> Tokenizer:
@@ -74,20 +84,6 @@ def describe_model(scheduler: Scheduler) -> dict[str, Any]:
         "kv_cache_dtype": str(runner.kv_cache_dtype).removeprefix("torch."),
         "quantization": config.quantization,
     }
-
-
-def model_path(scheduler: Scheduler) -> str:
-    return scheduler.server_args.model_path
-
-
-def layers(scheduler: Scheduler) -> int:
-    """Attention layers of the model."""
-    return scheduler.tp_worker.model_runner.model_config.num_hidden_layers
-
-
-def weights(scheduler: Scheduler) -> Any:
-    """Names and tensors of the model."""
-    return scheduler.tp_worker.model_runner.model.state_dict().items()
 
 
 def moments(scheduler: Scheduler, rope: Rope) -> Moments:

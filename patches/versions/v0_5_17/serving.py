@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 from sglang_tri.patches.versions.v0_5_17.wire import unreadable as unreadable
@@ -13,16 +14,14 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.server_args import ServerArgs
 
+model_config = methodcaller("get_model_config")
+
 
 def server_args(model_path: str) -> ServerArgs:
     """The arguments of a server for a model, all others as SGLang chooses them."""
     from sglang.srt.server_args import ServerArgs
 
     return ServerArgs(model_path=model_path)
-
-
-def model_config(args: ServerArgs) -> ModelConfig:
-    return args.get_model_config()
 
 
 def attach(args: ServerArgs, name: str, value: object) -> None:
@@ -92,11 +91,6 @@ def engine(flags: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         loaded.shutdown()
-
-
-def scheduler_infos(launched: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """What the scheduler processes have said of themselves, from `_launch_subprocesses`."""
-    return launched[3].scheduler_infos
 
 
 def is_generation(request: Any) -> bool:
