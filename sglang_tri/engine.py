@@ -100,8 +100,10 @@ class Engine:
 
     # Requests.
 
-    def has_statistics_for(self, policy: type[Policy]) -> bool:
-        """Whether this server knows of queries what the policy needs."""
+    def has_all_for(self, policy: type[Policy]) -> bool:
+        """Whether this server knows of queries and positions what the policy needs."""
+        if policy.needs_positions and self.cache.positions is None:
+            return False
         if self.queries is None:
             return not policy.needs_statistics
         return not policy.needs_second_moments or self.queries.variance is not None
@@ -117,6 +119,11 @@ class Engine:
                 "started without any: give --kv-stats FILE."
             )
         policy.check_second_moments(self.queries is None or self.queries.variance is not None)
+        if policy.needs_positions and self.cache.positions is None:
+            raise KvPolicyError(
+                f"--kv-policy {settings.policy} needs positions, which this server was started "
+                f"without: start it with --kv-policy {settings.policy}."
+            )
         keys, kept = self.cache.keys, ceil_to(settings.budget, self.page_size)
         longest = kept + ceil_to(settings.interval, self.page_size)
         heads = keys.heads if self.queries is None else self.queries.heads

@@ -41,8 +41,10 @@ def warm_up(engine: Engine, variants: Iterable[KvPolicyConfig]) -> None:
     planned = _plan(engine)
     for settings in variants:
         policy = POLICIES[settings.policy]()
-        if not engine.has_statistics_for(type(policy)):
+        if not engine.has_all_for(type(policy)):
             continue  # No request may ask for it, see `Engine.check_runnable`.
+        if policy.needs_positions:
+            engine.cache.place(planned)
         candidates = engine.candidates(replace(planned, settings=settings))
         candidates = slice_requests(candidates, 0, 1)
         # A workspace in which each layer is a chunk of its own.
