@@ -125,6 +125,20 @@ class Pages:
         token = torch.arange(skipped, skipped + count, device=self.indices.device)
         return self.indices[first:last].long()[token // self.page_size], token % self.page_size
 
+    def gather(self, layer: torch.Tensor) -> torch.Tensor:
+        """The candidates' rows in one layer of buffers, without waiting for the device.
+
+        Args:
+            layer: [pages, page_size, heads, head_dim], one of `PagedBuffers.layers`.
+
+        Returns:
+            [requests, longest, heads, head_dim]; what lies behind a request's candidates is not
+            defined.
+        """
+        token = self.skipped[:, None] + torch.arange(self.longest, device=layer.device)
+        page = (self.indptr[:-1, None] + token // self.page_size).clamp(max=len(self.indices) - 1)
+        return layer[self.indices[page].long(), token % self.page_size]
+
     def slice_requests(self, first: int, last: int) -> Pages:
         """Requests [first, last)."""
         return Pages(

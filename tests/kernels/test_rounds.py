@@ -79,18 +79,27 @@ class Server:
         self.traced.append(packed.cpu().clone())
 
     def run(self, prompts: list[int]) -> torch.Tensor:
-        """A first round of requests that are due at once; returns what is free afterwards.
+        """A first round of requests that are due at once; returns what is free afterwards."""
+        return self.round(self.requests(prompts))
 
-        Each comes a page earlier than the one before, and so has fewer candidates.
+    def requests(self, prompts: list[int]) -> list[Request]:
+        """One for each row of the table, behind its prompt.
+
+        Each is due a page earlier than the one before, and so has fewer candidates at first.
         """
-        due = []
+        made = []
         for row, prompt in enumerate(prompts):
             early = row * self.page_size
             request = Request(
                 str(row), self.settings, Lookup(None), prompt, self.page_size, stagger=early
             )
             request.decoded(prompt, array("q"))
-            due.append(DueRequest(request, row))
+            made.append(request)
+        return made
+
+    def round(self, requests: list[Request]) -> torch.Tensor:
+        """Their next round, the first or a later one; returns what is free afterwards."""
+        due = [DueRequest(request, row) for row, request in enumerate(requests)]
         freed = self.engine.plan_rounds(due, self.table)
         self.engine.run_rounds()
         return freed
