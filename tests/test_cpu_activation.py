@@ -16,7 +16,7 @@ from sglang.srt.platforms.cpu import CpuSRTPlatform
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import flags
+from sglang_tri.patches import server
 from sglang_tri.patches.cpu import activation
 from sglang_tri.patches.cpu.activation import NAME, VARIABLE, activate, check_platform
 from sglang_tri.patches.cpu.platform import TorchCpuPlatform
@@ -136,12 +136,12 @@ def test_a_policy_that_sglang_learns_of_too_late(bare: pytest.MonkeyPatch) -> No
         raise AssertionError("SGLang was called")
 
     with pytest.raises(KvPolicyError, match=SAID):
-        flags.take_keywords(original, object(), kv_policy="streaming")  # type: ignore[arg-type]
+        server.take_keywords(original, object(), kv_policy="streaming")  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match=f"error: {SAID}"):
-        flags.parse_flags(original, object, argparse.Namespace(kv_policy="streaming"))  # type: ignore[arg-type]
+        server.parse_flags(original, object, argparse.Namespace(kv_policy="streaming"))  # type: ignore[arg-type]
     for policy in ("none", None):
         with pytest.raises(AssertionError, match="SGLang was called"):
-            flags.take_keywords(original, object(), kv_policy=policy)  # type: ignore[arg-type]
+            server.take_keywords(original, object(), kv_policy=policy)  # type: ignore[arg-type]
 
 
 def test_where_a_policy_comes_in_time(bare: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,8 @@ class Request:
     is looked up; `prefilled`; `decoded` before each token; `evicted` with each round; `finished`.
     One that was `retracted` is matched again and resumes: what it left is its own again, or its
     tokens are prefilled in chunks with the rounds between them that decoding had (`chunked`), so
-    that it reads what it read before, and never holds more than prompt, budget and interval.
+    that it reads what it read before, and never holds more than prompt, budget and interval (twice
+    budget and interval if it thinks).
 
     `history` and `regions` last until its slots are released, the rest survives retraction. Two
     requests are never equal: clients choose ids, and may send one again.
@@ -155,11 +156,11 @@ class Request:
         return length >= self.regions[-1].due_at
 
     def resident(self, length: int) -> int:
-        """Of `length` slots those behind the prompt."""
+        """Of `length` slots those behind what it was admitted with."""
         return length - self.regions[0].opened if self.regions else 0
 
     def slots_to_come(self, length: int, tokens: int) -> int:
-        """Slots that it takes on top of `length` at the most.
+        """Slots that it takes on top of `length` at the most, or until its thinking ends.
 
         Args:
             tokens: output tokens that are still to come, at the most.
@@ -244,7 +245,7 @@ class Request:
             self._start_over(length, output)
 
     def chunked(self, output: array[int]) -> None:
-        """A round between two chunks of a resumed request is planned.
+        """Its own tokens are prefilled up to a round that is planned, or to their first chunk's end.
 
         The region behind the end of thinking opens where the last one is not due before that.
         """
@@ -270,7 +271,7 @@ class Request:
         return evicted
 
     def retracted(self, length: int, output: array[int], alias: Alias | None) -> None:
-        """Its `length` slots are released before it has finished.
+        """Its `length` slots are released before it has finished, and not between its chunks.
 
         Args:
             output: output tokens that it has generated.
@@ -290,7 +291,7 @@ class Request:
         self.rounds = self.evicted_tokens = 0
         self.thinking = True
         region = self._first_region()
-        if length > region.start:
+        if length > region.opened:
             self.regions.append(region)
             self.chunked(output)
 
