@@ -199,7 +199,7 @@ def test_what_others_go_on_from_stays_like_a_prompt() -> None:
 
 
 def test_starting_over() -> None:
-    """Without what it left nothing was evicted yet; the region opens with the first token behind the prompt."""
+    """Nothing was evicted yet; the region opens with the first token behind the prompt."""
     life = running(50, prompt=staggered(4, page=4), page=4, mark=MARK)
     life.decode([*MARK, 5])
     request = life.request

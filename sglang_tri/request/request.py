@@ -245,7 +245,7 @@ class Request:
             self._start_over(length, output)
 
     def chunked(self, output: array[int]) -> None:
-        """Its own tokens are prefilled up to a round that is planned, or to their first chunk's end.
+        """Its own tokens are prefilled up to a round that is planned, or to the first chunk's end.
 
         The region behind the end of thinking opens where the last one is not due before that.
         """
