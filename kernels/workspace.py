@@ -1,4 +1,4 @@
-"""Scratch memory of fixed size, handed out anew for each part of a round."""
+"""Scratch memory of fixed size, handed out anew for each chunk of a round."""
 
 from __future__ import annotations
 

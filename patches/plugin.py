@@ -9,6 +9,6 @@ def load() -> None:
     """Add the flags and wait for a server whose policy is on.
 
     If a hook cannot be installed, the flags are missing and `--kv-policy` is refused as unknown;
-    in the scheduler process, the main process finds out (`launch.confirm`).
+    in the scheduler process, the main process finds out (`server.confirm`).
     """
     hooks.register(table.stage(table.ENTRY))

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from sglang_tri.history import Chain
 from sglang_tri.patches import server
 from sglang_tri.patches.scheduler import active, evict
 from sglang_tri.patches.versions import scheduling
@@ -88,9 +89,9 @@ def match_prefix(
     if req is None or request is None:
         return original(tree, params)
     aliases = active().engine.aliases
-    most = request.prompt if request.resumed else None
-    candidates = request.histories(aliases, scheduling.tokens(req))
-    for alias in candidates if _may_reuse(req, request) else ():
+    most = request.prompt_length if request.resumed else None
+    reuses = _may_reuse(req, request)
+    for alias in request.histories(aliases, scheduling.tokens(req)) if reuses else ():
         own = request.left is not None and alias is request.left.alias
         physical = scheduling.physical_params(params, alias.chain, None if own else most)
         result = original(tree, physical)
@@ -175,7 +176,7 @@ def release(
     """
     request = scheduling.state_of(req)
     if request is None or not scheduling.has_slots(req):
-        _release(original, req, tree_cache, is_insert)
+        scheduling.release(original, req, tree_cache, is_insert, Chain())
         return
     engine, compressed = active().engine, request.compressed
     length = scheduling.physical_length(req)
@@ -186,9 +187,8 @@ def release(
     chain, alias = request.chain, None
     if continues:
         chain = engine.aliases.extend(chain, (region.span for region in compressed))
-    with scheduling.physical_tokens(req, chain):
-        slots = scheduling.committed_length(req)
-        _release(original, req, tree_cache, continues if compressed else is_insert)
+    is_insert = continues if compressed else is_insert
+    slots = scheduling.release(original, req, tree_cache, is_insert, chain)
     if compressed and continues:
         tokens = scheduling.tokens(req)
         alias = engine.aliases.remember(request.lookup, tokens, chain, request.history, slots)
@@ -197,13 +197,6 @@ def release(
     else:
         request.retracted(length, scheduling.output(req), alias)
     scheduling.forget_physical_ids(req)
-
-
-def _release(
-    original: Callable[..., None], req: Req, tree_cache: BasePrefixCache, is_insert: bool
-) -> None:
-    with scheduling.prompt_in_tree(req):
-        original(req, tree_cache, is_insert=is_insert)
 
 
 # History is forgotten.

@@ -1,6 +1,6 @@
 """What the policy cannot run with, by name, with the nearest recipe that works.
 
-All of this is known before the model loads; `lifecycle` checks what only a loaded engine knows.
+All of this is known before the model loads; `loading.check` what only a loaded engine knows.
 """
 
 from __future__ import annotations

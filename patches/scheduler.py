@@ -256,8 +256,9 @@ def cut_chunk(
 ) -> Any:
     """AROUND add_one_req and add_chunked_req: a resumed request is prefilled round by round."""
     request = scheduling.state_of(req)
-    resumed = request is not None and request.resumed
-    most = request.next_chunk(scheduling.prefix_length(req)) if request and resumed else None
+    most = None
+    if request is not None and request.resumed:
+        most = request.tokens_until_round(scheduling.prefix_length(req))
     if most is None or scheduling.fits_whole(adder, req, most):
         return reserve(original, adder, req, *args, **kwargs)
     if scheduling.has_chunk(active().scheduler, adder, req):
@@ -316,7 +317,7 @@ def plan_rounds(batch: ScheduleBatch, selected_indices: list[int] | None = None)
             due[index] = DueRequest(request, scheduling.row(req))
     if due:
         evict({reqs[index]: one for index, one in due.items()})
-        scheduling.shrink_batch(batch, {index: one.evicted for index, one in due.items()})
+        scheduling.shrink_batch(batch, {index: one.freed for index, one in due.items()})
 
 
 def evict(due: dict[Req, DueRequest]) -> None:

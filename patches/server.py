@@ -1,5 +1,6 @@
-"""The main process: settings enter SGLang, a server that cannot work is refused, and answers say
-what the policy did.
+"""Settings enter SGLang, a server that cannot work is refused, and answers say what was done.
+
+Hooks of the main process; the scheduler process reads the same settings and statistics.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def attach(server_args: ServerArgs, settings: KvPolicyConfig) -> None:
 def attached(server_args: ServerArgs) -> KvPolicyConfig | None:
     """The settings of a server whose policy is on, else None."""
     values = serving.attached(server_args, _ATTRIBUTE)
-    return None if values is None else KvPolicyConfig.from_dict(values)
+    return None if values is None else KvPolicyConfig(**values)
 
 
 # The start.
@@ -219,6 +220,6 @@ async def deliver(
     """AROUND _wait_one_response: add a request's report to `meta_info`, as a plain dict."""
     report = serving.report_of(manager, obj, KEY)
     async for response in original(manager, obj, *args, **kwargs):
-        if report() is not None:
-            response["meta_info"][KEY] = report()
+        if (info := report()) is not None:
+            response["meta_info"][KEY] = info
         yield response

@@ -197,10 +197,6 @@ class KvPolicyConfig:
         return {flag.name: getattr(self, flag.name) for flag in FLAGS}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> KvPolicyConfig:
-        return cls(**values)
-
-    @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> KvPolicyConfig:
         """From `kv_policy=..., kv_budget=...` as `sgl.Engine` takes them; None is the default."""
         given = {name.removeprefix(PREFIX): x for name, x in keywords.items() if x is not None}

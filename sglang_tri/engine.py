@@ -16,11 +16,11 @@ from sglang_tri.history import AliasStore
 from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.workspace import Workspace
 from sglang_tri.policies import POLICIES
-from sglang_tri.policies.base import Candidates, Policy
+from sglang_tri.policies.base import Candidates
 from sglang_tri.request.region import ceil_to
 from sglang_tri.request.request import Request
 from sglang_tri.round.plan import DueRequest, Round, plan, upload
-from sglang_tri.round.run import WORKSPACE_BYTES, KvCache, RoundSize, keeps_by_layer, run
+from sglang_tri.round.run import WORKSPACE_BYTES, KvCache, RoundSize, run
 
 # A plan is made on one stream and read on another: its tensors must outlive both in-flight steps.
 _STEPS_KEPT_ALIVE = 4
@@ -100,14 +100,6 @@ class Engine:
 
     # Requests.
 
-    def has_all_for(self, policy: type[Policy]) -> bool:
-        """Whether this server knows of queries and positions what the policy needs."""
-        if policy.needs_positions and self.cache.positions is None:
-            return False
-        if self.queries is None:
-            return not policy.needs_statistics
-        return not policy.needs_second_moments or self.queries.variance is not None
-
     def check_runnable(self, settings: KvPolicyConfig) -> None:
         """Raise `KvPolicyError` if this server lacks what the policy of `settings` needs."""
         if not settings.enabled:
@@ -126,9 +118,7 @@ class Engine:
             )
         keys, kept = self.cache.keys, ceil_to(settings.budget, self.page_size)
         longest = kept + ceil_to(settings.interval, self.page_size)
-        heads = keys.heads if self.queries is None else self.queries.heads
-        by_layer = keeps_by_layer(policy, settings)
-        largest = RoundSize(len(keys), heads, keys.heads, by_layer, longest, kept)
+        largest = RoundSize.for_lengths(policy, settings, keys, self.queries, longest, kept)
         largest.check_fits(self.workspace.size)
 
     def queue(

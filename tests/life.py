@@ -64,7 +64,7 @@ class Life:
         if request.stays_out_of_tree and request.is_due(self.length):
             self.length -= request.evicted()
             request.chunked(self.output)
-        chunk = request.next_chunk(self.length) if request.resumed else None
+        chunk = request.tokens_until_round(self.length) if request.resumed else None
         size = min(most, self.rest, self.rest if chunk is None else chunk)
         assert size > 0, "it would never end"
         assert len(request.regions) <= 2, "one for thinking, one for the answer"
@@ -121,7 +121,7 @@ def answers(life: Life) -> dict[str, Any]:
     calls: dict[str, tuple[Any, ...]] = {
         "resident": (length,),
         "slots_to_come": (length, 50),
-        "next_chunk": (length,),
+        "tokens_until_round": (length,),
         "most_slots": (life.output,),
         "report": (length,),
     }

@@ -41,7 +41,7 @@ def test_command_line_and_keywords_agree() -> None:
         "kv_alias_limit": 9,
     }
     assert flags == KvPolicyConfig.from_keywords(keywords)
-    assert KvPolicyConfig.from_dict(flags.to_dict()) == flags
+    assert KvPolicyConfig(**flags.to_dict()) == flags
     assert flags.explicit == {name.removeprefix("kv_") for name in keywords}
 
 

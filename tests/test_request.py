@@ -32,7 +32,7 @@ def test_queued_is_staggered_by_the_prompt_alone() -> None:
         prompt = staggered(slots)
         for rid, scope in (("a", None), ("b", "salt")):
             request = Request.queued(rid, prompt, SETTINGS, 1, array("q"), scope)
-            assert (request.stagger, request.prompt, request.rid) == (slots, 10, rid)
+            assert (request.stagger, request.prompt_length, request.rid) == (slots, 10, rid)
 
 
 def test_queued_holds_nothing() -> None:
@@ -176,13 +176,13 @@ def test_what_it_left_is_its_own_again(output: list[int]) -> None:
     assert (request.regions, request.delta, request.stays_out_of_tree) == ([], 0, False)
     life.match(own)
     assert request.delta == delta
-    assert request.next_chunk(life.length) is None
+    assert request.tokens_until_round(life.length) is None
     assert request.most_slots(life.output) == regions[-1].limit
     life.prefill()
     assert (request.history, request.regions, request.delta) == (prompt, regions, delta)
     assert (request.left, request.resumed, request.stays_out_of_tree) == (None, True, True)
     assert (request.rounds, request.admitted) == (1, True)
-    assert request.next_chunk(life.length) == regions[-1].limit - life.length
+    assert request.tokens_until_round(life.length) == regions[-1].limit - life.length
 
 
 def test_what_others_go_on_from_stays_like_a_prompt() -> None:
@@ -207,7 +207,7 @@ def test_starting_over() -> None:
     life.retract(held=False)
     assert (request.rounds, request.resumed, request.left) == (1, True, None)
     life.match()
-    assert request.next_chunk(0) == 12
+    assert request.tokens_until_round(0) == 12
     assert request.most_slots(life.output) == 12 + 40 + 40
     life.prefill(10)
     assert (request.rounds, request.evicted_tokens, request.regions) == (0, 0, [])
@@ -217,10 +217,10 @@ def test_starting_over() -> None:
     [region] = request.regions
     assert (life.length, region.opened, region.start, region.due_at) == (12, 10, 12, 48)
     assert request.stays_out_of_tree
-    assert request.next_chunk(12) == 36
+    assert request.tokens_until_round(12) == 36
     life.prefill()
     assert life.length == 48
-    assert (request.next_chunk(40), request.most_slots(life.output)) == (8, 92)
+    assert (request.tokens_until_round(40), request.most_slots(life.output)) == (8, 92)
 
 
 @pytest.mark.parametrize("answer", [0, 70])
@@ -274,7 +274,7 @@ def test_only_a_request_with_output_resumes() -> None:
     life.retract()
     silent.retract(token=None)
     assert (life.request.resumed, silent.request.resumed) == (True, False)
-    assert (life.request.next_chunk(3), life.request.most_slots(life.output)) == (7, 50)
+    assert (life.request.tokens_until_round(3), life.request.most_slots(life.output)) == (7, 50)
 
 
 def test_finished_holds_nothing() -> None:
@@ -338,7 +338,9 @@ class AnyLife(RuleBasedStateMachine):
         alias = found[choice % len(found)]
         own = request.left is not None and alias is request.left.alias
         chain = alias.chain if alias else Chain()
-        most = self.slots if own else chain.physical_length(request.prompt - (not life.output))
+        most = (
+            self.slots if own else chain.physical_length(request.prompt_length - (not life.output))
+        )
         slots = min(chain.last_slot + more, most) // self.page * self.page
         life.match(alias, slots)
         self.most = request.most_slots(life.output)

@@ -1,6 +1,6 @@
 """The adapter for the SGLang that is installed, chosen once."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from sglang_tri.patches.versions import v0_5_17
 from sglang_tri.patches.versions.interface import Adapter
@@ -16,6 +16,13 @@ def adapter_for(installed: str) -> Adapter:
     return (fitting or FAMILIES)[-1]
 
 
-adapter = adapter_for(version("sglang"))
+def _installed() -> str:
+    try:
+        return version("sglang")
+    except PackageNotFoundError:  # `sglang-tri stats` and `doctor` run all the same.
+        return ""
+
+
+adapter = adapter_for(_installed())
 scheduling, loading = adapter.scheduling, adapter.loading
 measuring, serving = adapter.measuring, adapter.serving

@@ -49,7 +49,7 @@ class Request:
         rid: the request's id.
         settings: its settings.
         lookup: for finding compressed history.
-        prompt: tokens of its prompt.
+        prompt_length: tokens of its prompt.
         page_size: slots per page.
         think_mark: token ids that end its thinking, or none if that closes no region.
         stagger: see `stagger_slots`.
@@ -69,7 +69,7 @@ class Request:
     rid: str
     settings: KvPolicyConfig
     lookup: Lookup
-    prompt: int
+    prompt_length: int
     page_size: int = 1
     think_mark: array[int] = field(default_factory=lambda: array("q"))
     stagger: int = 0
@@ -82,7 +82,7 @@ class Request:
     was_evicted_from: bool = False
     left: LeftBehind | None = None
     resumed: bool = False
-    thinking: bool = True
+    thinking: bool = field(init=False)
     think_end: int | None = None
     scanned: int = 0
 
@@ -107,6 +107,9 @@ class Request:
         # What nobody goes on from later need not be told apart from the answer.
         mark = think_mark if settings.continues else array("q")
         return cls(rid, settings, lookup, len(prompt), page_size, mark, stagger)
+
+    def __post_init__(self) -> None:
+        self.thinking = bool(self.think_mark)
 
     # Questions.
 
@@ -146,7 +149,7 @@ class Request:
         own = self.left.alias if self.left else None
         if own is not None and own in aliases and own.chain.end < len(tokens):
             yield own
-        most = self.prompt if self.resumed else len(tokens)
+        most = self.prompt_length if self.resumed else len(tokens)
         for alias in aliases.find(self.lookup, tokens):
             if alias.chain.end < most:
                 yield alias
@@ -169,7 +172,7 @@ class Request:
             return slots_for(self.settings, tokens, self.page_size)
         return min(ceil_to(tokens, self.page_size), max(0, self.regions[-1].limit - length))
 
-    def next_chunk(self, length: int) -> int | None:
+    def tokens_until_round(self, length: int) -> int | None:
         """Tokens until the next round, or the prompt's end, of a resumed request with `length`
         slots; None where it is prefilled at once, behind what it left.
         """
@@ -204,7 +207,7 @@ class Request:
     def _first_region(self) -> Region:
         """The region behind the prompt, where the slots hold nothing behind it yet."""
         chain = self.chain
-        length = chain.physical_length(self.prompt)
+        length = chain.physical_length(self.prompt_length)
         return Region.open(self.settings, length, chain.delta, self.page_size, self.stagger)
 
     def _end_of_thinking(self, output: array[int]) -> int | None:
@@ -212,7 +215,7 @@ class Request:
         if self.think_end is not None or not self.think_mark:
             return self.think_end
         end = _end_of(self.think_mark, output, self.scanned)
-        return None if end is None else self.prompt + end
+        return None if end is None else self.prompt_length + end
 
     # Events.
 
@@ -245,14 +248,8 @@ class Request:
             self._start_over(length, output)
 
     def chunked(self, output: array[int]) -> None:
-        """Its own tokens are prefilled up to a round that is planned, or to the first chunk's end.
-
-        The region behind the end of thinking opens where the last one is not due before that.
-        """
-        end = self._scan(output)
-        if self.thinking and end is not None and end - self.delta <= self.regions[-1].due_at:
-            self.thinking = False
-            self._open_region(end - self.delta)
+        """A round between two chunks of a resumed request is planned."""
+        self._close_thinking(output)
 
     def decoded(self, length: int, output: array[int]) -> None:
         """`length` slots hold all but the next token.
@@ -289,11 +286,18 @@ class Request:
 
     def _start_over(self, length: int, output: array[int]) -> None:
         self.rounds = self.evicted_tokens = 0
-        self.thinking = True
+        self.thinking = bool(self.think_mark)
         region = self._first_region()
         if length > region.opened:
             self.regions.append(region)
-            self.chunked(output)
+            self._close_thinking(output)
+
+    def _close_thinking(self, output: array[int]) -> None:
+        """Open the region behind the end of thinking, where the last one is not due before that."""
+        end = self._scan(output)
+        if self.thinking and end is not None and end - self.delta <= self.regions[-1].due_at:
+            self.thinking = False
+            self._open_region(end - self.delta)
 
     def _open_region(self, length: int) -> None:
         """Nothing in the first `length` slots is evicted from now on."""

@@ -52,7 +52,7 @@ class DueRequest:
         self.seen = self.region.kept if self.region.evicted else 0
 
     @property
-    def evicted(self) -> int:
+    def freed(self) -> int:
         """Slots that the round frees."""
         return self.candidates - self.region.kept
 

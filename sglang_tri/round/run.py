@@ -12,6 +12,7 @@ from sglang_tri.errors import KvPolicyError
 from sglang_tri.kernels.compact import compact, joined
 from sglang_tri.kernels.moves import Moves, Selection
 from sglang_tri.kernels.pages import PagedBuffers, Pages
+from sglang_tri.kernels.queries import Queries
 from sglang_tri.kernels.scores import SPLITS
 from sglang_tri.kernels.select import aggregate, select
 from sglang_tri.kernels.workspace import ALIGNMENT
@@ -36,9 +37,9 @@ def run(
         With `trace`, which candidate each slot holds now: int64 [layers or 1, requests, kv_heads or
         1, kept].
     """
-    chunks = ScoringChunks.of(candidates, policy)
-    layers = len(candidates.keys)
-    step = chunks.layers if keeps_by_layer(policy, candidates.settings) else layers
+    size, layers = RoundSize.of(candidates, policy), len(candidates.keys)
+    chunks = ScoringChunks.fitting(candidates.workspace.size, size)
+    step = chunks.layers if size.by_layer else layers
     packed = []
     for first in range(0, candidates.pages.requests, chunks.requests):
         requests = slice_requests(candidates, first, first + chunks.requests)
@@ -201,6 +202,29 @@ class RoundSize:
     longest: int
     kept: int
 
+    @classmethod
+    def of(cls, candidates: Candidates, policy: Policy) -> RoundSize:
+        """Of a round over `candidates`."""
+        longest, kept = candidates.pages.longest, candidates.budgets.largest
+        settings, keys, queries = candidates.settings, candidates.keys, candidates.queries
+        return cls.for_lengths(policy, settings, keys, queries, longest, kept)
+
+    @classmethod
+    def for_lengths(
+        cls,
+        policy: Policy,
+        settings: KvPolicyConfig,
+        keys: PagedBuffers,
+        queries: Queries | None,
+        longest: int,
+        kept: int,
+    ) -> RoundSize:
+        """Of a round with so many candidates; without queries each KV head is scored by itself."""
+        heads = keys.heads if queries is None else queries.heads
+        by_layer = settings.eviction_mode == "per-layer-per-head"
+        by_layer = by_layer and isinstance(policy, ScoringPolicy)
+        return cls(len(keys), heads, keys.heads, by_layer, longest, kept)
+
     @property
     def set_bytes(self) -> int:
         """Aggregated scores and moves of the kept sets of one layer and request."""
@@ -240,11 +264,6 @@ class ScoringChunks:
     layers: int
 
     @classmethod
-    def of(cls, candidates: Candidates, policy: Policy) -> ScoringChunks:
-        """Those of a round."""
-        return cls.fitting(candidates.workspace.size, round_size(candidates, policy))
-
-    @classmethod
     def fitting(cls, size: int, round_size: RoundSize) -> ScoringChunks:
         """The largest that fit into a workspace of `size` bytes, see `RoundSize.check_fits`."""
         room = size - _PIECES * ALIGNMENT
@@ -252,24 +271,6 @@ class ScoringChunks:
         if whole <= room:
             return cls(room // whole, round_size.layers)
         return cls(1, max(1, (room - round_size.fixed_bytes) // round_size.layer_bytes))
-
-
-def keeps_by_layer(policy: Policy, settings: KvPolicyConfig) -> bool:
-    """Whether each layer has kept sets of its own; without scores there is one for all layers."""
-    return isinstance(policy, ScoringPolicy) and settings.eviction_mode == "per-layer-per-head"
-
-
-def round_size(candidates: Candidates, policy: Policy) -> RoundSize:
-    """What the memory of a round depends on; without queries each KV head is scored by itself."""
-    heads = candidates.keys.heads if candidates.queries is None else candidates.queries.heads
-    return RoundSize(
-        len(candidates.keys),
-        heads,
-        candidates.keys.heads,
-        keeps_by_layer(policy, candidates.settings),
-        candidates.pages.longest,
-        candidates.budgets.largest,
-    )
 
 
 def slice_requests(candidates: Candidates, first: int, last: int) -> Candidates:

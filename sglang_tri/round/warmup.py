@@ -9,6 +9,7 @@ import torch
 
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.engine import Engine
+from sglang_tri.errors import KvPolicyError
 from sglang_tri.history import Lookup
 from sglang_tri.kernels.moves import MODES
 from sglang_tri.kernels.workspace import Workspace
@@ -16,7 +17,7 @@ from sglang_tri.policies import POLICIES
 from sglang_tri.request.region import Region
 from sglang_tri.request.request import Request
 from sglang_tri.round.plan import DueRequest, Round, plan
-from sglang_tri.round.run import round_size, run, slice_requests
+from sglang_tri.round.run import RoundSize, run, slice_requests
 
 # How many are planned: the tensors of one alone would not be joined. One of them is executed.
 _REQUESTS = 2
@@ -40,15 +41,17 @@ def warm_up(engine: Engine, variants: Iterable[KvPolicyConfig]) -> None:
     """
     planned = _plan(engine)
     for settings in variants:
+        try:
+            engine.check_runnable(settings)
+        except KvPolicyError:
+            continue  # No request may ask for it.
         policy = POLICIES[settings.policy]()
-        if not engine.has_all_for(type(policy)):
-            continue  # No request may ask for it, see `Engine.check_runnable`.
         if policy.needs_positions:
             engine.cache.place(planned)
         candidates = engine.candidates(replace(planned, settings=settings))
         candidates = slice_requests(candidates, 0, 1)
         # A workspace in which each layer is a chunk of its own.
-        small = Workspace(round_size(candidates, policy).least_bytes, engine.cache.device)
+        small = Workspace(RoundSize.of(candidates, policy).least_bytes, engine.cache.device)
         for workspace in (engine.workspace, small):
             run(policy, replace(candidates, workspace=workspace), engine.cache)
     _shift(engine, planned)
@@ -72,11 +75,11 @@ def _plan(engine: Engine) -> Round:
 
 
 def _shift(engine: Engine, planned: Round) -> None:
-    """What follows a round: shorter lengths, and positions ahead of slots. All of it by zero."""
+    """What follows a round: positions ahead of slots, by zero in the end."""
     rows = planned.rows
     engine.deltas[rows] = planned.deltas
     engine.start_prefill(rows, [None] * _REQUESTS)
-    lengths = rows  # Of the padding row, 0.
+    lengths = rows  # The padding row is row 0.
     for tokens in (None, (lengths + 1).int()):
         offsets = engine.offsets(rows, tokens, _REQUESTS)
         positions = lengths + offsets

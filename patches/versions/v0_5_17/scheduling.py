@@ -42,7 +42,6 @@ is_finished = methodcaller("finished")
 row = attrgetter("req_pool_idx")  # of the slot table, while it has slots
 physical_length = attrgetter("kv_committed_len")  # slots in use by a running request
 prefilled_length = attrgetter("extend_range.end")  # the same behind a prefill
-committed_length = methodcaller("effective_kv_committed_len")  # slots whose KV is complete
 pool_size = attrgetter("max_total_num_tokens")  # slots of the KV pool
 slot_table = attrgetter("req_to_token_pool.req_to_token")  # int32 [rows, length]
 tree = attrgetter("tree_cache")
@@ -105,7 +104,7 @@ def physical_params(params: MatchPrefixParams, chain: Chain, most: int | None) -
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
     key = params.key
-    ids = chain.physical_ids(key.token_ids[:most])
+    ids = chain.physical_ids(key.token_ids if most is None else key.token_ids[:most])
     limit = len(ids) - 1 if most is None else None
     return replace(params, key=RadixKey(ids, key.extra_key, limit=limit))
 
@@ -266,6 +265,25 @@ def prompt_in_tree(req: Req) -> AbstractContextManager[None]:
     if more <= 0:
         return nullcontext()
     return _divided(req, prompt + output[:more], output[more:])
+
+
+def release(
+    original: Callable[..., None],
+    req: Req,
+    tree: RadixCache,
+    is_insert: bool,
+    chain: Chain,
+) -> int:
+    """Release the slots of a request; with `is_insert` under the ids of `chain`.
+
+    Returns:
+        How many of its slots, from the first one on, have complete KV and so can be inserted.
+    """
+    with physical_tokens(req, chain):
+        slots = req.effective_kv_committed_len() if chain else 0
+        with prompt_in_tree(req):
+            original(req, tree, is_insert=is_insert)
+    return slots
 
 
 def count_cached(req: Req, tokens: int) -> None:
