@@ -38,6 +38,7 @@ vocabulary = attrgetter("vocab_size")  # ids that the model has embeddings for
 custom_params = attrgetter("sampling_params.custom_params")  # beside SGLang's own parameters
 output_limits = attrgetter("sampling_params.max_new_tokens", "sampling_params.min_new_tokens")
 output = attrgetter("output_ids")
+is_refused = attrgetter("to_finish")  # None unless it ends before it is served
 is_finished = methodcaller("finished")
 row = attrgetter("req_pool_idx")  # of the slot table, while it has slots
 physical_length = attrgetter("kv_committed_len")  # slots in use by a running request
@@ -59,7 +60,6 @@ def has_state(req: Req) -> bool:
 
 
 def tokens(req: Req) -> array[int]:
-    """Prompt and output."""
     return req.origin_input_ids + req.output_ids
 
 
@@ -74,11 +74,6 @@ def kv_depends_only_on_tokens(req: Req) -> bool:
 
 def wants_prompt_logprobs(req: Req) -> bool:
     return req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
-
-
-def is_refused(req: Req) -> bool:
-    """Whether it ends before it is served."""
-    return req.to_finish is not None
 
 
 def refuse(req: Req, reason: str) -> None:
