@@ -58,7 +58,7 @@ def start_prefill(
 def _next_chunk(req: Req, request: Request) -> None:
     """Between two chunks of its own tokens: the round that decoding would have run here."""
     if request.is_due(scheduling.prefix_length(req)):
-        evict({req: DueRequest(request, scheduling.row(req))})
+        evict([(req, DueRequest(request, scheduling.row(req)))])
         request.chunked(scheduling.output(req))
     row = scheduling.slot_table(active().scheduler)[scheduling.row(req)]
     slots = row[: scheduling.physical_length(req)].long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -316,18 +316,18 @@ def plan_rounds(batch: ScheduleBatch, selected_indices: list[int] | None = None)
         if request.is_due(length):
             due[index] = DueRequest(request, scheduling.row(req))
     if due:
-        evict({reqs[index]: one for index, one in due.items()})
+        evict([(reqs[index], one) for index, one in due.items()])
         scheduling.shrink_batch(batch, {index: one.freed for index, one in due.items()})
 
 
-def evict(due: dict[Req, DueRequest]) -> None:
+def evict(due: Sequence[tuple[Req, DueRequest]]) -> None:
     """Plan a round for each request; what it evicts is free, and lengths are shorter, at once."""
     engine, scheduler = active().engine, active().scheduler
     # Rows are written again from now on, and no forward pass may still read them.
     scheduling.wait_for_reads(scheduler, os.environ.get(WAIT) == "1")
-    freed = engine.plan_rounds([*due.values()], scheduling.slot_table(scheduler))
+    freed = engine.plan_rounds([one for _, one in due], scheduling.slot_table(scheduler))
     scheduling.free(scheduler, freed)
-    for req, one in due.items():
+    for req, one in due:
         scheduling.set_physical_length(req, one.remaining)
 
 

@@ -110,7 +110,7 @@ def test_a_running_forward_pass_is_waited_for(
     )
     monkeypatch.setenv(hooks.WAIT, forced)
     monkeypatch.setattr(hooks, "active", lambda: everything)
-    hooks.evict({})
+    hooks.evict([])
     assert steps == ["wait for forward"] * waits + ["plan", "free"]
 
 
