@@ -92,8 +92,8 @@ def match_prefix(
     most = request.prompt_length if request.resumed else None
     reuses = _may_reuse(req, request)
     for alias in request.histories(aliases, scheduling.tokens(req)) if reuses else ():
-        own = request.left is not None and alias is request.left.alias
-        physical = scheduling.physical_params(params, alias.chain, None if own else most)
+        first = None if request.is_own(alias) else most
+        physical = scheduling.physical_params(params, alias.chain, first)
         result = original(tree, physical)
         if scheduling.found_length(result) >= alias.chain.last_slot:
             request.matched(alias)

@@ -131,6 +131,7 @@ def answers(life: Life) -> dict[str, Any]:
         **{name: getattr(request, name)(*given) for name, given in calls.items()},
         "histories": list(request.histories(life.store, life.tokens)),
         "is_due": bool(request.regions) and request.is_due(length),
+        "is_own": request.left is not None and request.is_own(request.left.alias),
     }
 
 

@@ -133,7 +133,11 @@ class Request:
     @property
     def found_own(self) -> bool:
         """Whether the history that it was found under is what it left itself."""
-        return self.left is not None and self.history is self.left.alias
+        return self.history is not None and self.is_own(self.history)
+
+    def is_own(self, alias: Alias) -> bool:
+        """Whether `alias` is what it left itself."""
+        return self.left is not None and alias is self.left.alias
 
     @property
     def stays_out_of_tree(self) -> bool:
@@ -256,7 +260,7 @@ class Request:
 
         A region opens behind the prompt, and behind the end of thinking.
         """
-        if not self.regions or self._ends_thinking(length, output):
+        if not self.regions or (self.thinking and self._ends_thinking(length, output)):
             self._open_region(length)
 
     def evicted(self) -> int:
@@ -307,8 +311,6 @@ class Request:
 
     def _ends_thinking(self, length: int, output: array[int]) -> bool:
         """Whether the last of `length` slots holds the end of thinking."""
-        if not self.thinking:
-            return False
         end = self._scan(output)
         if end is None:
             return False

@@ -44,7 +44,7 @@ def _check_tree(tree: BasePrefixCache) -> None:
 
 
 def _check_windows(model: torch.nn.Module) -> None:
-    for layer in _attention(model):
+    for layer in attention(model):
         if layer.sliding_window_size > 0:
             raise KvPolicyError(
                 f"--kv-policy does not work with a sliding window of {layer.sliding_window_size} "
@@ -83,7 +83,7 @@ def kv_cache(scheduler: Scheduler) -> KvCache:
 def _scale(model: torch.nn.Module, pool: MHATokenToKVPool, name: str) -> torch.Tensor | None:
     """What stored rows are to be multiplied by, where the checkpoint says so for an fp8 cache."""
     scales = torch.ones(len(pool.k_buffer))
-    for layer in _attention(model):
+    for layer in attention(model):
         if getattr(layer, name) is not None:
             scales[layer.layer_id] = getattr(layer, name)
     if pool.dtype == pool.store_dtype or bool((scales == 1).all()):
@@ -91,7 +91,8 @@ def _scale(model: torch.nn.Module, pool: MHATokenToKVPool, name: str) -> torch.T
     return scales.to(pool.k_buffer[0].device)
 
 
-def _attention(model: torch.nn.Module) -> Iterator[RadixAttention]:
+def attention(model: torch.nn.Module) -> Iterator[RadixAttention]:
+    """The attention layers of a model."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     return (module for module in model.modules() if isinstance(module, RadixAttention))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_tri.errors import KvPolicyError
+from sglang_tri.patches.versions.v0_5_17.loading import attention
 from sglang_tri.patches.versions.v0_5_17.rotary import find_rotary
 from sglang_tri.patches.versions.v0_5_17.scheduling import attach_state
 from sglang_tri.statistics.moments import Moments
@@ -124,9 +125,7 @@ def attention_layers(model: torch.nn.Module, layers: int) -> list[RadixAttention
     Raises:
         KvPolicyError: layers are missing, doubled, or differ in their heads.
     """
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    found = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    found = list(attention(model))
     heads = {(m.tp_q_head_num, m.tp_k_head_num, m.head_dim) for m in found}
     if sorted(m.layer_id for m in found) != list(range(layers)) or len(heads) != 1:
         raise KvPolicyError(
