@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.cutoff import held_back
 from bench.server import Server, stop_all
 
 
@@ -36,7 +37,8 @@ def running(
     try:
         for arm in arms:
             log = folder / f"{arm.name}.log"
-            servers[arm.name] = Server(model, arm.arguments, log, arm.environment, on_wait)
+            with held_back():  # A server that is not in `servers` yet would be left behind.
+                servers[arm.name] = Server(model, arm.arguments, log, arm.environment, on_wait)
         for server in servers.values():
             server.wait_until_ready()
         yield servers

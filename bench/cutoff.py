@@ -77,6 +77,23 @@ def cut_off(clock: Clock) -> Iterator[None]:
             signal.signal(each, handler)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals that come in this block are answered at its end; for the main thread."""
+    arrived: list[int] = []
+    # Not blocked in the process's mask: a process that the block starts would inherit that.
+    before = {
+        each: signal.signal(each, lambda number, _: arrived.append(number)) for each in _SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
 def seconds_to_end(text: str) -> float:
     """What `--limit` of a command line says."""
     try:

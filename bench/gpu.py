@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.cutoff import Clock, CutOff, cut_off, seconds_to_end
+from bench.cutoff import Clock, CutOff, cut_off, held_back, seconds_to_end
 from bench.machine import look
 from bench.table import table
 
@@ -178,7 +178,8 @@ def _run(chosen: Sequence[Step], folder: Path, left_s: float) -> list[Outcome]:
     running: list[Running] = []
     with _ending(running):
         for step in chosen:
-            running.append(Running(step, folder, left_s))
+            with held_back():
+                running.append(Running(step, folder, left_s))
         while sum(not each.poll() for each in running):
             time.sleep(_POLL_S)
     return [each.outcome() for each in running]

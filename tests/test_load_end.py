@@ -106,6 +106,31 @@ def test_a_signal_while_servers_end_leaves_none_behind(
     assert ended == ["a signal", "a", "b"]
 
 
+def test_a_signal_while_a_server_starts_leaves_it_not_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even in the moment between the process and the object that knows it."""
+    ended = []
+
+    class FakeServer:
+        def __init__(self, model: Path, arguments: Any, log: Path, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.name = log.stem
+
+        def ask_to_end(self) -> None:
+            pass
+
+        def kill(self, patience: float) -> None:
+            ended.append(self.name)
+
+    monkeypatch.setattr("bench.arms.Server", FakeServer)
+    arms = [Arm("a", []), Arm("b", [])]
+    starting = running(arms, tmp_path, tmp_path, lambda: None)
+    with pytest.raises(Interrupted), cut_off(Clock()), starting:
+        pass
+    assert ended == ["a"]
+
+
 def test_what_was_left_out() -> None:
     policy = replace(RUN, arm=POLICY)
     key = RUN.pool, RUN.workload

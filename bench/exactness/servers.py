@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.arms import Arm, triattention
+from bench.cutoff import held_back
 from bench.server import STOCK_ENVIRONMENT, STRICT, Server, stop_all
 from sglang_tri.config import PER_REQUEST
 from sglang_tri.patches.scheduler import TRACE, TRACE_ROWS
@@ -122,7 +123,8 @@ class Fleet:
         while self._waiting and len(self._running) < self._at_once:
             arm = self._waiting.pop(0)
             log = self._folder / f"{arm.name}.log"
-            self._running[arm.name] = Server(self._model, arm.arguments, log, arm.environment)
+            with held_back():
+                self._running[arm.name] = Server(self._model, arm.arguments, log, arm.environment)
 
 
 def describe(server: Server) -> dict[str, Any]:
