@@ -5,18 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from tabulate import tabulate
 
-def table(rows: list[list[str]]) -> str:
-    """Columns as wide as they must be; the first is flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        first, *cells = (
-            f"{cell:>{width}}" if i else f"{cell:<{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *cells]).rstrip())
-    return "\n".join(lines)
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the head; the first column is flush left, the others flush right."""
+    head, *body = rows
+    sides = ("left", *("right" for _ in head[1:]))
+    return tabulate(body, head, tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def spread(values: Sequence[float]) -> str:
