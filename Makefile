@@ -2,16 +2,25 @@
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := .venv/bin/python
 
-.PHONY: demo test check bench gpu soak kernels-all clean
+.PHONY: demo test-fast test test-full check bench gpu soak kernels-all clean
 
 # It downloads its model once (94 MB), into the user's cache.
 demo: .venv/.ready
 	$(PYTHON) -m bench.demo $(ARGS)
 
-# Kernel tests wait for compilers and interpreters, all others for servers that stand once.
+# Two test processes: one waits for its server while the other works.
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadgroup --durations 10
+
+# No server is started.
+test-fast: .venv/.ready
+	$(PYTEST) -m "not server and not slow and not full" $(ARGS)
+
+# What continuous integration runs.
 test: check
-	$(PYTHON) -m pytest -n auto tests/kernels
-	$(PYTHON) -m pytest --ignore tests/kernels
+	$(PYTEST) -m "not full" $(ARGS)
+
+test-full: check
+	$(PYTEST) $(ARGS)
 
 check: .venv/.ready
 	$(PYTHON) -m ruff check .

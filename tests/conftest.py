@@ -51,7 +51,10 @@ class Running:
 
 
 class Servers:
-    """Starts a server when it is asked for, and the next one in the background meanwhile."""
+    """Starts a server when it is asked for, and the next of its group in the background meanwhile.
+
+    Without other test processes, the next one whatever its group.
+    """
 
     def __init__(self, folder: Path, sequence: list[str]) -> None:
         self._folder = folder
@@ -60,7 +63,7 @@ class Servers:
         self._running: dict[str, Running] = {}
 
     def get(self, name: str) -> Running:
-        upcoming = self._sequence[self._sequence.index(name) + 1 :][:1]
+        upcoming = self._upcoming(name)
         for other in set(self._running) - {name, *upcoming}:
             self._running.pop(other).server.stop()
         running = self._start(name)
@@ -68,6 +71,12 @@ class Servers:
         for following in upcoming:
             self._start(following)
         return running
+
+    def _upcoming(self, name: str) -> list[str]:
+        following = self._sequence[self._sequence.index(name) + 1 :][:1]
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            return following
+        return [other for other in following if group_of(other) == group_of(name)]
 
     def stop(self) -> None:
         for running in self._running.values():
@@ -120,10 +129,22 @@ class Servers:
         return self._running[name]
 
 
+@pytest.hookimpl(tryfirst=True)  # Before tests are left out by their markers.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cheap tests first, then server by server."""
+    """Server by server, the tests of each in one process; then those without one."""
     names = list(SETUPS)
-    items.sort(key=lambda item: -1 if (name := server_name(item)) is None else names.index(name))
+    items.sort(key=lambda item: names.index(name) if (name := server_name(item)) else len(names))
+    for item in items:
+        name = server_name(item)
+        if name is not None:
+            item.add_marker(pytest.mark.server)
+            item.add_marker(pytest.mark.xdist_group(group_of(name)))
+            if SETUPS[name].full:
+                item.add_marker(pytest.mark.full)
+
+
+def group_of(server: str) -> str:
+    return SETUPS[server].group or server
 
 
 def server_name(item: pytest.Item) -> str | None:

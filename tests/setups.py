@@ -54,6 +54,8 @@ class Setup:
         automatic: whether the server makes its query statistics itself, not from a file.
         adapters: names of the LoRA adapters that it serves, of `bench.tiny_adapters`.
         environment: added to the tests' own.
+        group: servers whose tests run in one process, one after another; default: it is alone.
+        full: whether it runs in `make test-full` only.
     """
 
     kind: str = "qwen3"
@@ -62,6 +64,8 @@ class Setup:
     automatic: bool = False
     adapters: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=lambda: dict(STRICT))
+    group: str = ""
+    full: bool = False
 
     @property
     def page_size(self) -> int:
@@ -74,18 +78,25 @@ _RETRACT = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL"
 
 # In the order in which the tests use them, so that each is started once.
 SETUPS = {
-    "stock": Setup(policy=False, environment=dict(STOCK_ENVIRONMENT)),
-    "page1-overlap": Setup(),
-    "page1-sync": Setup(arguments=(*COMMON, *SYNC), automatic=True),
-    "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4)),
-    "page4-sync": Setup(arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX), automatic=True),
+    "stock": Setup(policy=False, environment=dict(STOCK_ENVIRONMENT), group="page1"),
+    "page1-overlap": Setup(group="page1"),
+    "page4-sync": Setup(
+        arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX), automatic=True, group="page4"
+    ),
+    # It reads the statistics that page4-sync has measured.
+    "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4), automatic=True, group="page4"),
     "llama3": Setup(kind="llama3", arguments=(*COMMON, *SMALL), automatic=True),
-    "yarn": Setup(kind="yarn", arguments=(*COMMON, *OWN_TEXT), automatic=True),
-    "shipped": Setup(kind="reference", arguments=(*COMMON, "--dtype", "float32")),
-    "lora-page16": Setup(arguments=(*COMMON, *PAGE_16), adapters=("a", "b")),
+    "yarn-lora-page16": Setup(
+        kind="yarn",
+        arguments=(*COMMON, *PAGE_16, *OWN_TEXT),
+        automatic=True,
+        adapters=("a", "b"),
+    ),
     "fp8": Setup(arguments=(*COMMON, *FP8)),
-    "smollm2-page1": Setup(kind="smollm2", arguments=REAL, automatic=True),
     "smollm2-page4": Setup(kind="smollm2", arguments=(*REAL, *PAGE_4), automatic=True),
-    "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4, *STRIP), environment=_RETRACT),
+    "page1-sync": Setup(arguments=(*COMMON, *SYNC), automatic=True, full=True),
+    "shipped": Setup(kind="reference", arguments=(*COMMON, "--dtype", "float32"), full=True),
+    "smollm2-page1": Setup(kind="smollm2", arguments=REAL, automatic=True, full=True),
+    "fuzz-page1": Setup(arguments=FUZZ, environment=_RETRACT, full=True),
 }

@@ -21,13 +21,14 @@ from tests.conftest import Running
 from tests.setups import COMMON, README
 
 CHUNK = 128
-MEASURING = ["page1-sync", "llama3", "yarn"]
+OWN_TEXT = "yarn-lora-page16"
+MEASURING = ["page4-sync", "page1-sync", "llama3", OWN_TEXT]
 
 
 def sequences(server: Running) -> torch.Tensor:
     """What the server was to let its model read."""
     tokenizer = AutoTokenizer.from_pretrained(server.model)
-    own = server.name == "yarn"
+    own = server.name == OWN_TEXT
     source, tokens = text.Source(str(README) if own else None), 4096 if own else 16384
     return torch.tensor(text.tokenize(source, tokenizer, tokens, CHUNK).ids)
 
@@ -87,23 +88,23 @@ def test_nothing_of_it_stays(server: Running) -> None:
     assert f"Query statistics: measured with {sequences(server).numel()} tokens" in log
 
 
-@pytest.mark.parametrize("server", ["page4-sync"], indirect=True)
+@pytest.mark.parametrize("server", ["page4-overlap"], indirect=True)
 def test_a_second_start_reads_what_the_first_has_kept(server: Running) -> None:
-    """Another page size is the same model: if the server of page1-sync ran, it has measured it."""
+    """If the server of page4-sync ran before, it has measured the same model."""
     log = server.server.log.read_text()
     kept = server.server.kv_policy()["statistics"]
     assert Path(kept).parent == server.folder.parent / "statistics"
-    first = not (server.folder.parent / "page1-sync").exists()
+    first = not (server.folder.parent / "page4-sync").exists()
     assert (f"Query statistics: read from {kept}" in log) != first
     assert ("Query statistics: measured" in log) == first
 
 
-@pytest.mark.parametrize("server", ["page1-sync"], indirect=True)
+@pytest.mark.parametrize("server", ["page4-sync"], indirect=True)
 def test_same_text_same_bytes(server: Running, tmp_path: Path) -> None:
     """`sglang-tri calibrate` measures anew, in another process, and writes the very same file."""
     output = tmp_path / "measured.safetensors"
     command = [str(Path(sys.executable).with_name("sglang-tri")), "calibrate", "-o", str(output)]
-    command += ["--model-path", str(server.model), *COMMON, "--page-size", "4"]
+    command += ["--model-path", str(server.model), *COMMON]
     environment = {**os.environ, "SGLANG_PLATFORM": ""}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env=environment
@@ -112,7 +113,7 @@ def test_same_text_same_bytes(server: Running, tmp_path: Path) -> None:
     assert output.read_bytes() == Path(server.server.kv_policy()["statistics"]).read_bytes()
 
 
-@pytest.mark.parametrize("server", ["page1-overlap", "yarn"], indirect=True)
+@pytest.mark.parametrize("server", ["page1-overlap", OWN_TEXT], indirect=True)
 def test_new_weights_make_automatic_statistics_stale(server: Running) -> None:
     """Those of a file are the user's own affair."""
     response = server.server.post("/update_weights_from_disk", model_path=str(server.model))
