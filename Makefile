@@ -2,7 +2,7 @@
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := .venv/bin/python
 
-.PHONY: demo test-fast test test-full check bench gpu soak kernels-all clean
+.PHONY: demo test-fast test test-full check docs bench gpu soak kernels-all clean
 
 # It downloads its model once (94 MB), into the user's cache.
 demo: .venv/.ready
@@ -26,6 +26,10 @@ check: .venv/.ready
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# The tables that docs/flags.md and docs/refusals.md take from the code.
+docs: .venv/.ready
+	$(PYTHON) -m sglang_tri.patches.reference docs
 
 bench: .venv/.ready
 	$(PYTHON) -m bench.overhead $(ARGS)

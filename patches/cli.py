@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sglang_tri import __version__, config
 from sglang_tri.errors import KvPolicyError
-from sglang_tri.patches import calibrate, doctor
+from sglang_tri.patches import calibrate, doctor, reference
 from sglang_tri.patches.cpu import activation
 from sglang_tri.statistics import commands
 
@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, help="file to write, .safetensors or .pt"
     )
     commands.add_parser(subparsers)
+    refused = subparsers.add_parser("refusals", help="list what a policy cannot run with")
+    refused.set_defaults(run=lambda _: print(reference.refusals()))
     return parser
 
 

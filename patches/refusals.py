@@ -22,7 +22,7 @@ class Refusal:
     """One feature that the policy cannot run with.
 
     Attributes:
-        feature: its name, as the README lists it.
+        feature: its name, as docs/refusals.md lists it.
         found: from the server's arguments or model, the offending setting, or "" if all is well.
         reason: why it cannot work.
         recipe: what to do instead.

@@ -1,7 +1,7 @@
 """The user's settings: names, defaults, help texts and what makes them invalid.
 
 They are listed once, as the fields of `KvPolicyConfig`; the command line, `sgl.Engine(kv_...=...)`
-and the README's table follow.
+and the table in docs/flags.md follow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every refusal in the tables is reachable, says what to do, and stands in the README."""
+"""Every refusal in the tables is reachable and says what to do; tests/test_docs.py has the page."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sglang_tri.config import FLAGS, KvPolicyConfig
+from sglang_tri.config import KvPolicyConfig
 from sglang_tri.errors import KvPolicyError
 from sglang_tri.patches import refusals, server
 from sglang_tri.patches.refusals import MODEL_CONFIG, SERVER_ARGS, Refusal
-
-README = Path(__file__).resolve().parents[1] / "README.md"
 
 OFFENDING_ARGS: dict[str, dict[str, Any]] = {
     "speculative decoding": {"speculative_algorithm": "EAGLE"},
@@ -149,21 +146,6 @@ def test_unknown_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KvPolicyError, match=r"0\.5\.99.*--kv-allow-untested-sglang"):
         refusals.check_version(KvPolicyConfig())
     refusals.check_version(KvPolicyConfig(allow_untested_sglang=True))
-
-
-def test_the_readme_lists_them_all() -> None:
-    text = README.read_text()
-    for row in (*SERVER_ARGS, *MODEL_CONFIG):
-        assert f"| {row.feature} | {row.reason} | {row.recipe} |" in text
-
-
-def test_the_readme_lists_all_flags() -> None:
-    text = README.read_text()
-    for flag in FLAGS:
-        shown = {True: "on", False: "off", None: ""}.get(flag.default, f"{flag.default}")
-        option = "`--kv-normalize`, `--no-kv-normalize`" if flag.name == "normalize" else ""
-        cell = f"`{shown}`" if isinstance(flag.default, str) else shown
-        assert f"| {option or f'`{flag.option}`'} | {cell}" in text
 
 
 def test_the_real_command_line(servers: Any) -> None:
