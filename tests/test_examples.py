@@ -65,7 +65,7 @@ def test_openai_agent(server: Running) -> None:
     turns = run(
         "openai_agent.py",
         *("--base-url", server.server.url, "--max-tokens", str(LONG)),
-        *("--answer-start", r"<think>\n"),
+        *("--answer-start", "<think>\n"),
     )
     assert list(turns) == ["turn 1", "turn 2", "turn 3"]
     assert [turn["history"] for turn in turns.values()] == ["exact", "compressed", "compressed"]

@@ -19,10 +19,9 @@ def main() -> None:
     parser.add_argument(
         "--answer-start",
         default="",
-        help="what the chat template begins an answer with, such as <think> and a line feed",
+        help="what the chat template begins an answer with, in a shell for example $'<think>\\n'",
     )
     options = parser.parse_args()
-    start = options.answer_start.encode().decode("unicode_escape")
 
     client = openai.OpenAI(base_url=f"{options.base_url}/v1", api_key="none")
     model = client.models.list().data[0].id
@@ -38,7 +37,8 @@ def main() -> None:
         choice = answer.choices[0]
         report(turn, choice.meta_info)  # type: ignore[attr-defined]
         # The next prompt must contain the very text that was generated: send all of it back.
-        said = {"role": "assistant", "content": start + (choice.message.content or "")}
+        text = options.answer_start + (choice.message.content or "")
+        said = {"role": "assistant", "content": text}
         if reasoning := getattr(choice.message, "reasoning_content", None):
             said["reasoning_content"] = reasoning
         messages += [said, {"role": "tool", "content": f'{{"weather on day {turn}": "rain"}}'}]
