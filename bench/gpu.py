@@ -2,8 +2,8 @@
 
     python -m bench.gpu
 
-Runs the kernel tests, `bench.exact`, `bench.kernels` and `bench.serving --preset quick`; what is
-timed runs alone. A step that fails, or takes too long, does not stop the next one. Into
+Runs the kernel tests, `bench.accuracy.exact`, `bench.kernels`, `bench.serving --preset quick`; what
+is timed runs alone. A step that fails, or takes too long, does not stop the next one. Into
 `results/<card>/`: each step's log and JSON, and summary.json. Exit status 1 if a step failed. What
 follows `--` goes to all servers. `--device cpu` tries it out with tiny sizes, whose times mean
 nothing.
@@ -149,7 +149,7 @@ def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[St
     tests = ["-m", "pytest", "-q", "-rf", "-n", workers, "tests/kernels"]
     # FlashInfer would compile attention kernels first, for minutes.
     tests += ["--ignore", "tests/kernels/test_flashinfer.py"]
-    exact = ["-m", "bench.exact", "--json", str(folder / "exact.json")]
+    exact = ["-m", "bench.accuracy.exact", "--json", str(folder / "exact.json")]
     kernels = ["-m", "bench.kernels", "--models", "qwen3-8b", "--out", str(folder / "kernels")]
     serving = ["-m", "bench.serving", "--output", str(folder / "serving.json")]
     if tiny:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.exactness.judge import Recorded
+from bench.accuracy.exact.judge import Recorded
 from bench.simulator.policies import Policy
 from bench.simulator.registry import make_policy
 from bench.simulator.request import head_start

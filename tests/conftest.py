@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tests.interpreted  # noqa: F401 - before anything that imports a kernel
+from bench.accuracy.reference_model import FOLDER
 from bench.models import CATALOGUE, get
-from bench.reference_model import FOLDER
 from bench.server import Server
 from bench.tiny_adapters import make_adapter
 from bench.tiny_models import make_model, make_stats

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench import accuracy
-from bench.evaluation import plan, recall, reconstruction
-from bench.reference_model import DIFFUSE, FOLDER
+from bench.accuracy.evaluation import plan, recall, reconstruction
+from bench.accuracy.reference_model import DIFFUSE, FOLDER
 
 
 def test_two_models(

@@ -9,11 +9,11 @@ from statistics import mean
 import pytest
 import torch
 
-from bench.calibration.keeping import Panel, chance, shares
-from bench.calibration.reading import PROMPT, Reading
-from bench.calibration.report import choose, overlap_table
-from bench.calibration.study import RECENT, Results, Setting, Study
-from bench.calibration.texts import Text
+from bench.accuracy.calibration.keeping import Panel, chance, shares
+from bench.accuracy.calibration.reading import PROMPT, Reading
+from bench.accuracy.calibration.report import choose, overlap_table
+from bench.accuracy.calibration.study import RECENT, Results, Setting, Study
+from bench.accuracy.calibration.texts import Text
 from bench.simulator import Oracle, Request, Stats, TriAttention
 from bench.simulator.history import History
 from bench.simulator.request import Ledger

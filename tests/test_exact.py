@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import exact
+from bench.accuracy.exact import __main__ as exact
+from bench.accuracy.exact import identical, outputs, pool, rows, turns
+from bench.accuracy.exact.client import Answer, Ask, at_once
+from bench.accuracy.exact.judge import Judge, Recorded
+from bench.accuracy.exact.outputs import Limits
+from bench.accuracy.exact.questions import DEPTHS, Questions
+from bench.accuracy.exact.report import Part, show, show_servers, write
+from bench.accuracy.exact.results import Result, need
+from bench.accuracy.exact.servers import BUDGET, INTERVAL
+from bench.accuracy.reference_model import FOLDER
+from bench.accuracy.reference_model.tasks import example
+from bench.accuracy.reference_model.tokenizer import STOP_THINKING, prompt_ids
 from bench.cutoff import CLOSING_S, Clock, TimeUp, cut_off
-from bench.exactness import identical, outputs, pool, rows, turns
-from bench.exactness.client import Answer, Ask, at_once
-from bench.exactness.judge import Judge, Recorded
-from bench.exactness.outputs import Limits
-from bench.exactness.questions import DEPTHS, Questions
-from bench.exactness.report import Part, show, show_servers, write
-from bench.exactness.results import Result, need
-from bench.exactness.servers import BUDGET, INTERVAL
-from bench.reference_model import FOLDER
-from bench.reference_model.tasks import example
-from bench.reference_model.tokenizer import STOP_THINKING, prompt_ids
 from bench.simulator.oracle import Oracle
 from sglang_tri import statistics as stats
 from tests.interpreted import ON_GPU

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.exactness.client import Ask, send
-from bench.exactness.judge import Recorded
-from bench.families.__main__ import Found, judge
-from bench.families.masked import Masked, visible
+from bench.accuracy.exact.client import Ask, send
+from bench.accuracy.exact.judge import Recorded
+from bench.accuracy.families.__main__ import Found, judge
+from bench.accuracy.families.masked import Masked, visible
 from tests.client import tokens_of
 from tests.conftest import Running
 

@@ -16,8 +16,8 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.multiprocessing import spawn
 from transformers import AutoModelForCausalLM
 
-from bench.reference_model import parallel
-from bench.reference_model.batches import (
+from bench.accuracy.reference_model import parallel
+from bench.accuracy.reference_model.batches import (
     FIRST,
     IGNORED,
     LAST,
@@ -27,12 +27,12 @@ from bench.reference_model.batches import (
     Curriculum,
     make_batch,
 )
-from bench.reference_model.evaluate import depths_of
-from bench.reference_model.model import Shape, write_model
-from bench.reference_model.publish import publish
-from bench.reference_model.tasks import TASKS, chat, example
-from bench.reference_model.tokenizer import output_ids, prompt_ids
-from bench.reference_model.train import Recipe, Run, begin, judge, measure
+from bench.accuracy.reference_model.evaluate import depths_of
+from bench.accuracy.reference_model.model import Shape, write_model
+from bench.accuracy.reference_model.publish import publish
+from bench.accuracy.reference_model.tasks import TASKS, chat, example
+from bench.accuracy.reference_model.tokenizer import output_ids, prompt_ids
+from bench.accuracy.reference_model.train import Recipe, Run, begin, judge, measure
 from sglang_tri import statistics as stats
 
 SMALL = Recipe(
@@ -165,7 +165,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
         "2",
         "--standalone",
     ]
-    command += ["-m", "bench.reference_model.train", "--out", str(tmp_path)]
+    command += ["-m", "bench.accuracy.reference_model.train", "--out", str(tmp_path)]
     subprocess.run([*command, *sizes.split(), "--steps", "2"], check=True, env=ONE_THREAD)
     subprocess.run([*command, "--steps", "3", "--lr", "1e-4"], check=True, env=ONE_THREAD)
     run = Run.load(tmp_path / "checkpoint.pt")

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.evaluation.cells import Cell
-from bench.evaluation.methods import SERVED
-from bench.evaluation.plan import mean_output
-from bench.evaluation.recall import recalls
-from bench.evaluation.reconstruction import correlations
-from bench.evaluation.runner import Subject, load
-from bench.evaluation.served import agreement
-from bench.reference_model import DIFFUSE, FOLDER, LONG
-from bench.reference_model.evaluate import accuracy, depths_of, instance
-from bench.reference_model.tasks import TASKS
-from bench.reference_model.tokenizer import output_ids, prompt_ids
+from bench.accuracy.evaluation.cells import Cell
+from bench.accuracy.evaluation.methods import SERVED
+from bench.accuracy.evaluation.plan import mean_output
+from bench.accuracy.evaluation.recall import recalls
+from bench.accuracy.evaluation.reconstruction import correlations
+from bench.accuracy.evaluation.runner import Subject, load
+from bench.accuracy.evaluation.served import agreement
+from bench.accuracy.reference_model import DIFFUSE, FOLDER, LONG
+from bench.accuracy.reference_model.evaluate import accuracy, depths_of, instance
+from bench.accuracy.reference_model.tasks import TASKS
+from bench.accuracy.reference_model.tokenizer import output_ids, prompt_ids
 from sglang_tri import statistics as stats
 from sglang_tri.statistics import describe
 from tests.conftest import Running

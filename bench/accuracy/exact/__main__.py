@@ -32,14 +32,13 @@ from typing import Any
 
 import torch
 
-from bench.cutoff import Clock, CutOff, cut_off, seconds_to_end
-from bench.exactness import identical, outputs, pool, rows, turns
-from bench.exactness.judge import Judge
-from bench.exactness.outputs import Limits, References
-from bench.exactness.questions import Questions
-from bench.exactness.report import Part, show, show_servers, write
-from bench.exactness.results import Result, need
-from bench.exactness.servers import (
+from bench.accuracy.exact import identical, outputs, pool, rows, turns
+from bench.accuracy.exact.judge import Judge
+from bench.accuracy.exact.outputs import Limits, References
+from bench.accuracy.exact.questions import Questions
+from bench.accuracy.exact.report import Part, show, show_servers, write
+from bench.accuracy.exact.results import Result, need
+from bench.accuracy.exact.servers import (
     BUDGET,
     HUGE,
     INTERVAL,
@@ -53,8 +52,9 @@ from bench.exactness.servers import (
     graph_share,
     trace,
 )
+from bench.accuracy.reference_model import FOLDER
+from bench.cutoff import Clock, CutOff, cut_off, seconds_to_end
 from bench.machine import look, versions
-from bench.reference_model import FOLDER
 from bench.server import Server
 from sglang_tri import __version__
 from sglang_tri import statistics as stats

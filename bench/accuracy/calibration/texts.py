@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.calibration import questions
-from bench.calibration.sampling import BATCH, Speaker
+from bench.accuracy.calibration import questions
+from bench.accuracy.calibration.sampling import BATCH, Speaker
 from sglang_tri.statistics.calibration_text import Source
 
 DEFAULT = "default"
@@ -31,7 +31,7 @@ ANSWERS = tuple(f"{kind}-{half}" for kind in (CHAT, LONG) for half in HALVES)
 
 _BOOK = "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt"
 _CODE = {"first": ("difflib", "argparse"), "second": ("tarfile", "ipaddress")}
-_LICENCE = Path(__file__).parents[2] / "LICENSE"
+_LICENCE = Path(__file__).parents[3] / "LICENSE"
 # The prose that is measured with ends before a quarter of the book.
 _PLACES = {"first": (0.45,), "second": (0.65, 0.85)}
 _ANSWER = 400

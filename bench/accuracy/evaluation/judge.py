@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.reference_model.tasks import Example
-from bench.reference_model.tokenizer import output_ids, prompt_ids
+from bench.accuracy.reference_model.tasks import Example
+from bench.accuracy.reference_model.tokenizer import output_ids, prompt_ids
 from bench.simulator import Oracle, Request
 from bench.simulator.baselines import Foresight
 from bench.simulator.history import History

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from bench.calibration.study import Setting
-from bench.calibration.texts import DEFAULT, HALVES
+from bench.accuracy.calibration.study import Setting
+from bench.accuracy.calibration.texts import DEFAULT, HALVES
 from bench.table import table
 
 WANTED = 0.99

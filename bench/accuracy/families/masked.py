@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.exactness.client import Answer
-from bench.exactness.judge import Recorded
+from bench.accuracy.exact.client import Answer
+from bench.accuracy.exact.judge import Recorded
 
 
 def visible(prompt: int, tokens: int, rounds: Recorded) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from bench.reference_model.tasks import example
+from bench.accuracy.reference_model.tasks import example
 
 # Chains of 200 to 270 tokens, at depths that the reference model solves without eviction.
 DEPTHS = {"registers": 20, "tree": 8, "variables": 26}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.calibration.texts import ANSWERS, CHAT, DEFAULT, LATER, PROSE
+from bench.accuracy.calibration.texts import ANSWERS, CHAT, DEFAULT, LATER, PROSE
 
 REFERENCE_TOKENS = 16384
 

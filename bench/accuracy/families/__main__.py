@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
+from bench.accuracy.exact.client import Answer, Ask, send, send_all
+from bench.accuracy.exact.judge import Recorded
+from bench.accuracy.families.made import FAMILIES, make
+from bench.accuracy.families.masked import Masked
 from bench.arms import triattention
-from bench.exactness.client import Answer, Ask, send, send_all
-from bench.exactness.judge import Recorded
-from bench.families.made import FAMILIES, make
-from bench.families.masked import Masked
 from bench.server import STRICT, Server, ServerFailed
 from bench.table import table
 from sglang_tri.patches.scheduler import TRACE
@@ -110,7 +110,7 @@ def is_reused(following: Answer, answer: Answer) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.families", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.families", description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}")
     parser.add_argument("--model-path", type=Path, help="a folder of your own instead")
     given = parser.parse_args()

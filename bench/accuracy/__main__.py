@@ -13,14 +13,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench import pictures
-from bench.evaluation import report
-from bench.evaluation.cells import Cell, Results
-from bench.evaluation.concentration import (
+from bench.accuracy.evaluation import report
+from bench.accuracy.evaluation.cells import Cell, Results
+from bench.accuracy.evaluation.concentration import (
     concentration_of,
     plot_by_concentration,
     table_by_concentration,
 )
-from bench.evaluation.methods import (
+from bench.accuracy.evaluation.methods import (
     ABLATIONS,
     DIAGNOSES,
     IMPROVEMENTS,
@@ -30,14 +30,14 @@ from bench.evaluation.methods import (
     SERVED,
     SETTINGS,
 )
-from bench.evaluation.plan import AT, INTERVAL, SHARES, Plan, common_depths, make_plan
-from bench.evaluation.recall import KEPT, READ, recall_table
-from bench.evaluation.reconstruction import reconstruction_table
-from bench.evaluation.runner import Subject, run
-from bench.evaluation.served import compare
+from bench.accuracy.evaluation.plan import AT, INTERVAL, SHARES, Plan, common_depths, make_plan
+from bench.accuracy.evaluation.recall import KEPT, READ, recall_table
+from bench.accuracy.evaluation.reconstruction import reconstruction_table
+from bench.accuracy.evaluation.runner import Subject, run
+from bench.accuracy.evaluation.served import compare
+from bench.accuracy.reference_model import FOLDER
+from bench.accuracy.reference_model.tasks import TASKS
 from bench.machine import machine
-from bench.reference_model import FOLDER
-from bench.reference_model.tasks import TASKS
 
 GROUPS = {
     "published": PUBLISHED,

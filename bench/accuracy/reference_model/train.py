@@ -1,9 +1,9 @@
-"""Train the reference model: `python -m bench.reference_model.train --out DIR --minutes 60`.
+"""Train the reference model: `train --out DIR --minutes 60`.
 
 Goes on from the checkpoint in DIR if there is one, else from the model of --base, with the recipe
 they were begun with but for the options that are given; ends after --minutes or at --steps, and
 writes the model beside the checkpoint. On one core each, two processes train faster than one on
-both: `torchrun --nproc-per-node 2 -m bench.reference_model.train ...`.
+both: `torchrun --nproc-per-node 2 -m bench.accuracy.reference_model.train ...`.
 """
 
 from __future__ import annotations

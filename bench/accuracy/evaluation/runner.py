@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench.reference_model.evaluate import instance
+from bench.accuracy.reference_model.evaluate import instance
 from bench.simulator import Oracle
 from bench.simulator.stats import Stats
 from sglang_tri.statistics import files

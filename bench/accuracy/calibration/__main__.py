@@ -1,4 +1,4 @@
-"""How many tokens of which text query statistics need: `python -m bench.calibration`.
+"""How many tokens of which text query statistics need: `python -m bench.accuracy.calibration`.
 
 Measures statistics with `sglang-tri calibrate`, asks them what they would keep of the candidates of
 the same rounds, and lets the model read texts under eviction by each. Goes on from what --folder
@@ -16,10 +16,10 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from bench.calibration import report
-from bench.calibration.measure import Measurement, described, measure, plan
-from bench.calibration.study import CHANCE, RANDOM, RECENT, Results, Setting, Study
-from bench.calibration.texts import CHAT, Text, judged_texts, write_texts
+from bench.accuracy.calibration import report
+from bench.accuracy.calibration.measure import Measurement, described, measure, plan
+from bench.accuracy.calibration.study import CHANCE, RANDOM, RECENT, Results, Setting, Study
+from bench.accuracy.calibration.texts import CHAT, Text, judged_texts, write_texts
 from bench.flags import positive
 from bench.machine import machine, versions
 from bench.simulator import Oracle
@@ -51,7 +51,9 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.calibration", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.accuracy.calibration", description=__doc__
+    )
     parser.add_argument("--model-path", type=Path, required=True, help="a chat model's folder")
     parser.add_argument(
         "--settings",
@@ -157,7 +159,7 @@ def _write(
 ) -> None:
     """One row a line; folders are left out of the command."""
     head = {
-        "command": " ".join(["python -m bench.calibration", *map(_bare, sys.argv[1:])]),
+        "command": " ".join(["python -m bench.accuracy.calibration", *map(_bare, sys.argv[1:])]),
         "machine": machine(),
         "versions": versions(),
         "model": args.model_path.name,

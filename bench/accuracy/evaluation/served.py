@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.reference_model.evaluate import instance
-from bench.reference_model.tokenizer import output_ids, prompt_ids
+from bench.accuracy.reference_model.evaluate import instance
+from bench.accuracy.reference_model.tokenizer import output_ids, prompt_ids
 from bench.server import Endpoint, Server
 
 from .cells import Cell

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.reference_model.evaluate import depths_of, instance
-from bench.reference_model.tokenizer import output_ids, prompt_ids
+from bench.accuracy.reference_model.evaluate import depths_of, instance
+from bench.accuracy.reference_model.tokenizer import output_ids, prompt_ids
 
 from .cells import Cell
 from .methods import PUBLISHED, fits

@@ -1,4 +1,4 @@
-"""Publish a run: `python -m bench.reference_model.publish --run DIR`.
+"""Publish a run: `python -m bench.accuracy.reference_model.publish --run DIR`.
 
 Writes weights, tokenizer and query statistics into the folder that ships with the project, and a
 model card with what was measured of exactly these weights.
@@ -69,7 +69,7 @@ HEADER = """# Reference model
 
 A small reasoning model for `python -m bench.accuracy`: weights in bfloat16, a tokenizer of its own,
 a chat template with `<think>`, and query statistics. Apache-2.0, as the rest of the project. It
-knows the tasks of `bench/reference_model/tasks.py` and nothing else."""
+knows the tasks of `bench/accuracy/reference_model/tasks.py` and nothing else."""
 
 UNFINISHED = """\
 **Read its figures beside those of full attention**, which solves fewer than 95% of some tasks whose
@@ -84,9 +84,10 @@ def trained(run: Run) -> str:
     if recipe.concentrate:
         added = f"; in the last one {recipe.concentrate:g} (1 - R) was added to the loss"
     return (
-        f"Trained by `python -m bench.reference_model.train`: {shape.kind}, {shape.layers} layers, "
-        f"width {shape.hidden}, FFN {shape.ffn}, {shape.heads} query and {shape.kv_heads} KV heads "
-        f"of {HEAD_DIM}, {count:,} parameters; seed {recipe.seed}, {run.step:,} steps, "
+        f"Trained by `python -m bench.accuracy.reference_model.train`: {shape.kind}, "
+        f"{shape.layers} layers, width {shape.hidden}, FFN {shape.ffn}, {shape.heads} query and "
+        f"{shape.kv_heads} KV heads of {HEAD_DIM}, {count:,} parameters; "
+        f"seed {recipe.seed}, {run.step:,} steps, "
         f"{run.seen:,} tokens, {run.seconds / 60:.0f} minutes, in the phases that docs/accuracy.md "
         f"lists{added}. Data: instances of the tasks with seeds "
         f"below 2^{SEED_BITS}, drawn anew for each step, up to depth {depths}."

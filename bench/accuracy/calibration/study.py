@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench.calibration.keeping import Panel, Shares, Watching
-from bench.calibration.reading import Reading
-from bench.calibration.texts import Text
+from bench.accuracy.calibration.keeping import Panel, Shares, Watching
+from bench.accuracy.calibration.reading import Reading
+from bench.accuracy.calibration.texts import Text
 from bench.simulator import Policy, Stats, TriAttention, make_policy
 from bench.simulator.decoder import Decoder
 

@@ -1,0 +1,1 @@
+"""Parts of the exact check of a server: `python -m bench.accuracy.exact`."""

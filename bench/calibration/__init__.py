@@ -1,1 +1,0 @@
-"""How many tokens of which text query statistics need: `python -m bench.calibration`."""

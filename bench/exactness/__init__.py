@@ -1,1 +1,0 @@
-"""Parts of the exact check of a server: `python -m bench.exact`."""
