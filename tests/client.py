@@ -14,7 +14,7 @@ import numpy as np
 from bench.accuracy.exact.judge import Recorded
 from bench.simulator.policies import Policy
 from bench.simulator.registry import make_policy
-from bench.simulator.request import head_start
+from bench.simulator.request import stagger_slots
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
 
@@ -103,9 +103,9 @@ def simulated(own: dict[str, Any]) -> Policy:
     return make_policy(name, **settings)
 
 
-def early(running: Running, prompt: list[int], own: dict[str, Any] | None = None) -> int:
+def stagger(running: Running, prompt: list[int], own: dict[str, Any] | None = None) -> int:
     """Slots by which the first round of a request precedes a full region."""
-    return head_start(simulated(own or {}), prompt, running.setup.page_size)
+    return stagger_slots(simulated(own or {}), prompt, running.setup.page_size)
 
 
 def recorded_rounds(folder: Path, rid: str) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.simulator import Candidates, Oracle, Request, make_policy
-from bench.simulator.baselines import H2O, RKV, Chance, Foresight, SnapKV, Spliced
+from bench.simulator.baselines import H2O, RKV, Chance, FutureAttention, SnapKV, Spliced
 from bench.simulator.baselines.adakv import head_budgets
 from bench.simulator.baselines.rkv import redundancy
 from bench.simulator.decoder import attention
@@ -62,10 +62,10 @@ def logit(observed: Observed, layer: int, head: int, query: int, key: int) -> fl
     return float(sum(a * b for a, b in zip(q.tolist(), k.tolist(), strict=True)) / DIM**0.5)
 
 
-def test_foresight(model: Path) -> None:
+def test_future_attention(model: Path) -> None:
     """Against the attention that transformers gives out; what is kept is what is needed later."""
     oracle = Oracle(model)
-    policy = Foresight(16, 8, recent=4)
+    policy = FutureAttention(16, 8, recent=4)
     policy.look_ahead(oracle.decoder, TEXT)
     theirs = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
     weights = theirs(torch.tensor([TEXT]), output_attentions=True).attentions
@@ -80,21 +80,21 @@ def test_foresight(model: Path) -> None:
     assert torch.allclose(ranking.scores, later.double(), atol=1e-5)
     assert ranking.protected.nonzero().flatten().tolist() == [20, 21, 22, 23]
     with pytest.raises(ValueError, match="look_ahead"):
-        Foresight(16, 8).rank(candidates)
+        FutureAttention(16, 8).rank(candidates)
 
 
 @pytest.mark.parametrize("but", [False, True])
-def test_foresight_in_some_heads(model: Path, tmp_path: Path, but: bool) -> None:
+def test_future_attention_in_some_heads(model: Path, tmp_path: Path, but: bool) -> None:
     oracle = Oracle(model, make_stats(model, tmp_path / "stats.pt", tokens=256))
     decoder, stats = oracle.decoder, oracle.stats
     keys = torch.randn(decoder.layers, decoder.kv_heads, 24, decoder.head_dim)
     positions = torch.arange(300, 324).expand(*keys.shape[:2], -1)
     candidates = Candidates(keys, keys, positions, 324, 16, decoder.rope, stats)
-    policy, foresight = Spliced(16, 8, 4, [(1, 0)], but), Foresight(16, 8, 4)
-    for one in (policy, foresight):
+    policy, future = Spliced(16, 8, 4, [(1, 0)], but), FutureAttention(16, 8, 4)
+    for one in (policy, future):
         one.look_ahead(decoder, TEXT)
     score = make_policy("triattention", 16, 8, recent=4, mode="per-layer-per-head")
-    found, known, scored = (one.rank(candidates).scores for one in (policy, foresight, score))
+    found, known, scored = (one.rank(candidates).scores for one in (policy, future, score))
     here, elsewhere = (scored, known) if but else (known, scored)
     assert torch.equal(found[1, 0], here[1, 0])
     assert torch.equal(found[0], elsewhere[0])

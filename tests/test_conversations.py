@@ -11,7 +11,7 @@ from bench.simulator.conversation import Conversation
 from bench.simulator.oracle import Oracle
 from bench.simulator.registry import make_policy
 from bench.simulator.trace import Replay
-from tests.client import Answer, Ask, early, recorded_rounds, send, send_all, simulated, tokens_of
+from tests.client import Answer, Ask, recorded_rounds, send, send_all, simulated, stagger, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL, SETUPS
 
@@ -136,7 +136,7 @@ def test_forks_of_one_history(server: Running) -> None:
 def test_a_trimmed_answer(server: Running, lost: int) -> None:
     """A stop string that was cut off costs the tokens behind it; inside a span, the answer."""
     talk = Talk(server, f"lost {lost}")
-    before = early(server, talk.ask("Begin.").prompt)
+    before = stagger(server, talk.ask("Begin.").prompt)
     first = talk.turn("Begin.", LONG + BUDGET + 1 - before)  # The last round is one token ago.
     del talk.tokens[-lost:]
     answer = talk.turn("? Something else.")

@@ -260,10 +260,9 @@ def test_means_over_tasks(tmp_path: Path) -> None:
     for number in range(2):
         results.add(alone, number, Outcome(True, 4, 4, 1))
     half = 100 * Z95 * (0.125 / 2 + 0.125 / 2) ** 0.5 / 2
-    assert overall_table(results, [*cells, alone]).splitlines() == [
-        "                10%  20%",
-        f"random  50.0 ± {half:.1f}    -",
-    ]
+    head, row = overall_table(results, [*cells, alone]).splitlines()
+    assert head.split() == ["10%", "20%"]
+    assert re.split(r"\s{2,}", row) == ["random", f"50.0 ± {half:.1f}", "-"]
 
 
 def test_plan_covers_what_is_compared() -> None:

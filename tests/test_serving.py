@@ -14,7 +14,7 @@ import pytest
 import requests
 from transformers import AutoTokenizer
 
-from tests.client import Ask, early, send, send_all, tokens_of
+from tests.client import Ask, send, send_all, stagger, tokens_of
 from tests.conftest import Running
 from tests.probing import ask
 from tests.setups import BUDGET, INTERVAL, THINKING
@@ -215,7 +215,7 @@ def test_chat_with_the_openai_client(server: Running) -> None:
     assert answer.usage is not None
     prompt = chat_tokens(server)
     assert len(prompt) == answer.usage.prompt_tokens
-    assert info["evicted_tokens"] == info["rounds"] * INTERVAL - early(server, prompt)
+    assert info["evicted_tokens"] == info["rounds"] * INTERVAL - stagger(server, prompt)
     assert info["resident_slots"] <= answer.usage.prompt_tokens + BUDGET + INTERVAL
 
 
@@ -225,7 +225,7 @@ def test_server_info_and_log(server: Running) -> None:
     rounds = generate(server)["meta_info"]["kv_policy"]["rounds"]
     after = server.server.kv_policy()
     changed = {key: after[key] - before[key] for key in ("rounds", "evicted_tokens")}
-    evicted = rounds * INTERVAL - early(server, tokens_of(PROMPT))
+    evicted = rounds * INTERVAL - stagger(server, tokens_of(PROMPT))
     assert changed == {"rounds": rounds, "evicted_tokens": evicted}
     assert after["requests_evicted"] == before["requests_evicted"] + 1
     assert [after[key] for key in ("policy", "mode", "budget", "interval")] == [

@@ -19,7 +19,7 @@ from sglang_tri.request.region import ceil_to, slots_for, stagger_slots
 from sglang_tri.request.request import Request
 from sglang_tri.round.plan import DueRequest
 from sglang_tri.round.run import KvCache
-from tests.client import Answer, Ask, early, send, send_all, tokens_of
+from tests.client import Answer, Ask, send, send_all, stagger, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
 
@@ -190,7 +190,7 @@ def test_a_batch_of_the_server(server: Running) -> None:
     firsts = []
     for answer in answers:
         rounds = rounds_of(server, answer)
-        firsts.append(full - early(server, answer.ask.prompt))
+        firsts.append(full - stagger(server, answer.ask.prompt))
         assert rounds == [firsts[-1] + INTERVAL * later for later in range(len(rounds))]
         evicted = len(rounds) * INTERVAL - (full - firsts[-1])
         assert answer.meta["kv_policy"]["evicted_tokens"] == evicted

@@ -168,7 +168,8 @@ def explanations(subject: Subject, plan: Plan) -> Iterator[str]:
     if judged:
         share = f"keeping {100 * KEPT:.0f}% at {100 * READ:.0f}% of the output"
         kept = recall_table(subject, judged)
-        yield f"attention yet to be paid to what is kept, of foresight's, {share}\n{kept}"
+        what = "attention yet to be paid to what is kept, relative to future attention"
+        yield f"{what}, {share}\n{kept}"
     yield f"mean logits by distance, predicted and actual\n{reconstruction_table(subject)}"
 
 

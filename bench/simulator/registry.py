@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .baselines import H2O, RKV, AdaKV, Chance, Foresight, SnapKV
+from .baselines import H2O, RKV, AdaKV, Chance, FutureAttention, SnapKV
 from .policies import NoEviction, Policy, Streaming, TriAttention
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -15,7 +15,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "rkv": RKV,
     "h2o": H2O,
     "random": Chance,
-    "foresight": Foresight,
+    "future-attention": FutureAttention,
 }
 """Those that evict."""
 

@@ -106,7 +106,7 @@ class Request:
         self.ledger = ledger
         self.keep = round_up(policy.budget, page_size)
         self.limit = self.keep + round_up(policy.interval, page_size)
-        self.early = head_start(policy, prompt, page_size)
+        self.stagger = stagger_slots(policy, prompt, page_size)
         self.open_region()
 
     def open_region(self) -> None:
@@ -128,7 +128,7 @@ class Request:
         self.history.truncate(reused)
         hidden = self.feed(ids[reused:])[-1:]
         self.open_region()
-        self.due -= self.early
+        self.due -= self.stagger
         return hidden
 
     def steps_until_round(self) -> int | None:
@@ -183,7 +183,7 @@ def round_up(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size) * page_size
 
 
-def head_start(policy: Policy, prompt: Sequence[int], page_size: int) -> int:
+def stagger_slots(policy: Policy, prompt: Sequence[int], page_size: int) -> int:
     """Tokens by which the first round behind a prefill precedes a full region.
 
     A number of whole pages that the prompt draws by its checksum, so that requests that begin

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench.accuracy.reference_model.tasks import Example
 from bench.accuracy.reference_model.tokenizer import output_ids, prompt_ids
 from bench.simulator import Oracle, Request
-from bench.simulator.baselines import Foresight
+from bench.simulator.baselines import FutureAttention
 from bench.simulator.history import History
 from bench.simulator.policies import Policy
 from bench.simulator.request import Ledger
@@ -41,7 +41,7 @@ def follow(oracle: Oracle, policy: Policy, prompt: list[int], expected: list[int
     Greedy decoding gives the expected output if and only if its next token is the most probable at
     every step: they are fed, in chunks that end where a round is held, up to the first that is not.
     """
-    if isinstance(policy, Foresight):
+    if isinstance(policy, FutureAttention):
         policy.look_ahead(oracle.decoder, [*prompt, *expected])
     ledger = Ledger(policy, oracle.stats, None, 0.0)
     history = History(oracle.decoder.new_cache())

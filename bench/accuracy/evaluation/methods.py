@@ -41,7 +41,7 @@ PUBLISHED: dict[str, Method] = {
     "h2o": _named("h2o"),
     "streaming": _named("streaming", recent=RECENT),
     "random": _named("random", recent=RECENT),
-    "foresight": _named("foresight", recent=RECENT),
+    "future attention": _named("future-attention", recent=RECENT),
 }
 
 ABLATIONS: dict[str, Method] = {
@@ -76,13 +76,13 @@ def _spliced(but: bool) -> Method:
 
 
 DIAGNOSES: dict[str, Method] = {
-    "foresight where it looks up": _spliced(but=False),
-    "foresight elsewhere": _spliced(but=True),
+    "future attention where it looks up": _spliced(but=False),
+    "future attention elsewhere": _spliced(but=True),
 }
 """TriAttention, each layer and head for itself, in all other heads."""
 
 METHODS: dict[str, Method] = PUBLISHED | ABLATIONS | SETTINGS | IMPROVEMENTS | DIAGNOSES
-LOOK_AHEAD = ("foresight", *DIAGNOSES)
+LOOK_AHEAD = ("future attention", *DIAGNOSES)
 """Those that know what is to come, and so cannot decode."""
 
 

@@ -1,4 +1,4 @@
-"""How much of what will be needed does a method keep? One choice, beside foresight's."""
+"""How much of what will be needed does a method keep? One choice, beside future attention's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import product
 import torch
 
 from bench.simulator import Oracle, Request
-from bench.simulator.baselines import Foresight
+from bench.simulator.baselines import FutureAttention
 from bench.simulator.history import History
 from bench.simulator.policies import Candidates, Policy
 from bench.simulator.request import Ledger
@@ -34,20 +34,20 @@ def recalls(
     """Look-ups, and each method's recall: float [layers, kv heads].
 
     Recall is the attention that tokens will be paid at most, summed over those that a method keeps,
-    relative to those that foresight keeps; without the latest tokens.
+    relative to those that are kept by future attention; without the latest tokens.
     """
     read = output[: round(READ * len(output))]
     keep = round(KEPT * len(read))
-    foresight = Foresight(keep, INTERVAL, RECENT)
-    future = foresight.look_ahead(oracle.decoder, [*prompt, *output])
-    ledger = Ledger(foresight, oracle.stats, None, 0.0)
+    future = FutureAttention(keep, INTERVAL, RECENT)
+    paid_later = future.look_ahead(oracle.decoder, [*prompt, *output])
+    ledger = Ledger(future, oracle.stats, None, 0.0)
     request = Request(oracle.decoder, History(oracle.decoder.new_cache()), 1, ledger, prompt)
     request.prefill(prompt, 0)
     request.feed(read)
     candidates = replace(request.candidates(), keep=keep, observed=request.observed())
-    paid = foresight.rank(candidates).scores[..., :-RECENT]
-    best = (paid * kept(foresight, candidates)).sum(2)
-    found = {"look-ups": look_ups(future, len(prompt))}
+    paid = future.rank(candidates).scores[..., :-RECENT]
+    best = (paid * kept(future, candidates)).sum(2)
+    found = {"look-ups": look_ups(paid_later, len(prompt))}
     for name in methods:
         found[name] = (paid * kept(METHODS[name](keep, INTERVAL), candidates)).sum(2) / best
     return found

@@ -2,9 +2,9 @@
 
 from .adakv import AdaKV
 from .chance import Chance
-from .foresight import Foresight, Spliced
+from .future_attention import FutureAttention, Spliced
 from .h2o import H2O
 from .rkv import RKV
 from .snapkv import SnapKV
 
-__all__ = ["H2O", "RKV", "AdaKV", "Chance", "Foresight", "SnapKV", "Spliced"]
+__all__ = ["H2O", "RKV", "AdaKV", "Chance", "FutureAttention", "SnapKV", "Spliced"]

@@ -1,4 +1,4 @@
-"""Foresight: what future queries will in truth attend to. No policy can know it."""
+"""Future attention: what future queries will in truth attend to. No policy can know it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..decoder import Decoder
 from ..policies import Candidates, Ranking, RecentStay, TriAttention, newest
 
 
-class Foresight(RecentStay):
+class FutureAttention(RecentStay):
     """Each layer and KV head keeps the tokens that some later query will attend to most.
 
     Attention is that of a run without eviction, over the very tokens that are to come:
@@ -29,15 +29,15 @@ class Foresight(RecentStay):
     def rank(self, candidates: Candidates) -> Ranking:
         """Raises ValueError where nothing was looked at."""
         if self.paid is None:
-            raise ValueError("foresight needs the request's tokens: look_ahead")
+            raise ValueError("future attention needs the request's tokens: look_ahead")
         most = self.paid[:, :, candidates.length :].amax(dim=2).to(torch.float64)
         return Ranking(most.gather(2, candidates.positions), newest(candidates, self.recent))
 
 
-class Spliced(Foresight):
-    """Foresight in some of the KV heads, TriAttention's score in the others: which ones matter?
+class Spliced(FutureAttention):
+    """Future attention in some KV heads, TriAttention's score in the others: which ones matter?
 
-    heads: (layer, KV head) of those that foresight chooses for, or with `but`, of the others.
+    heads: (layer, KV head) where future attention chooses, or with `but`, where it does not.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Spliced(Foresight):
         self.but = but
 
     def rank(self, candidates: Candidates) -> Ranking:
-        foresight, score = super().rank(candidates), self.score.rank(candidates)
+        future, score = super().rank(candidates), self.score.rank(candidates)
         chosen = torch.full(score.scores.shape[:2], self.but)
         for layer, head in self.heads:
             chosen[layer, head] = not self.but
-        mixed = foresight.scores.where(chosen[..., None], score.scores)
+        mixed = future.scores.where(chosen[..., None], score.scores)
         return Ranking(mixed, score.protected)
 
 
