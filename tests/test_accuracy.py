@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import accuracy
+from bench.accuracy import __main__ as accuracy
 from bench.accuracy.evaluation import plan, recall, reconstruction
 from bench.accuracy.reference_model import DIFFUSE, FOLDER
 

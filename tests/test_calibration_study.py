@@ -9,9 +9,9 @@ from statistics import mean
 import pytest
 import torch
 
+from bench.accuracy.calibration.findings import choose, overlap_table
 from bench.accuracy.calibration.keeping import Panel, chance, shares
 from bench.accuracy.calibration.reading import PROMPT, Reading
-from bench.accuracy.calibration.report import choose, overlap_table
 from bench.accuracy.calibration.study import RECENT, Results, Setting, Study
 from bench.accuracy.calibration.texts import Text
 from bench.simulator import Oracle, Request, Stats, TriAttention

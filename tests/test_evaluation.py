@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bench.accuracy.evaluation.cells import Z95, Cell, Results, Tally, progress, solved
+from bench.accuracy.evaluation.cells import Z95, Cell, Results, progress, solved, wilson
 from bench.accuracy.evaluation.judge import Outcome, follow
 from bench.accuracy.evaluation.methods import LOOK_AHEAD, METHODS, RECENT, SETTINGS
 from bench.accuracy.evaluation.plan import AT, common_depths, make_plan
-from bench.accuracy.evaluation.report import (
+from bench.accuracy.evaluation.tables import (
     accuracy_table,
     difference_table,
     far,
@@ -196,7 +196,7 @@ def test_results_go_on(tmp_path: Path) -> None:
     again = Results(tmp_path / "outcomes.jsonl")
     assert again.outcomes == results.outcomes
     assert list(again.missing(cell, range(4))) == [1, 3]
-    assert again.tally(cell) == Tally(1, 2, 1.5)
+    assert again.solved(cell) == (1, 2)
     assert accuracy_table(again, [cell], "share", percent).splitlines() == [
         " " * 15 + "10% = 20",
         "random  50.0 (9.5-90.5)",
@@ -210,7 +210,7 @@ def test_results_go_on(tmp_path: Path) -> None:
 )
 def test_wilson(solved: int, of: int, low: float, high: float) -> None:
     """Newcombe 1998 (Stat. Med. 17) has the formula; with none solved it is z^2 / (n + z^2)."""
-    assert Tally(solved, of, 0.0).interval == pytest.approx((low, high), abs=1e-4)
+    assert wilson(solved, of) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_intervals_say_how_many_instances_they_lack(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_intervals_say_how_many_instances_they_lack(tmp_path: Path) -> None:
     for number in range(100):
         results.add(cell, number, Outcome(number < 50, 9 if number < 50 else 6, 9, 1))
     wanted = results.instances_for(cell, 0.03)
-    low, high = Tally(wanted // 2, wanted, 0.0).interval
+    low, high = wilson(wanted // 2, wanted)
     assert high - low == pytest.approx(0.06, abs=5e-4)
 
 

@@ -13,13 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench import pictures
-from bench.accuracy.evaluation import report
+from bench.accuracy.evaluation import plots, tables
 from bench.accuracy.evaluation.cells import Cell, Results
-from bench.accuracy.evaluation.concentration import (
-    concentration_of,
-    plot_by_concentration,
-    table_by_concentration,
-)
+from bench.accuracy.evaluation.concentration import concentration_of, table_by_concentration
 from bench.accuracy.evaluation.methods import (
     ABLATIONS,
     DIAGNOSES,
@@ -127,24 +123,24 @@ def write_report(subject: Subject, results: Results, plan: Plan, args: argparse.
     parts = [
         f"{title}; percent (95% interval), a round every {INTERVAL} tokens. Solved: all of the "
         "output right. Progress: its share before the first wrong token, mean.",
-        *tables(results, plan, args.tasks),
+        *results_tables(results, plan, args.tasks),
         *explanations(subject, plan),
     ]
     if pictures.available():
         place = folder(subject, args)
-        report.plot(results, plan.budgets, "share", f"By budget: {title}", place / "budget.png")
+        plots.plot(results, plan.budgets, "share", f"By budget: {title}", place / "budget.png")
         if plan.depths:
-            report.plot(results, plan.depths, "depth", f"By depth: {title}", place / "depth.png")
+            plots.plot(results, plan.depths, "depth", f"By depth: {title}", place / "depth.png")
     else:
         parts.append("No pictures: matplotlib is not installed.")
     if args.server:
         shares = (0.0, SHARES[2], AT)
         cells = [c for c in plan.budgets if c.method in SERVED and c.share in shares]
-        parts.append(report.agreement_table(compare(subject, cells, args.server)))
+        parts.append(tables.agreement_table(compare(subject, cells, args.server)))
     return "\n\n".join(parts)
 
 
-def tables(results: Results, plan: Plan, tasks: list[str]) -> Iterator[str]:
+def results_tables(results: Results, plan: Plan, tasks: list[str]) -> Iterator[str]:
     """Each task by budget and by depth, means over tasks, differences."""
     for task in tasks:
         for across, cells in (("share", plan.budgets), ("depth", plan.depths)):
@@ -152,13 +148,13 @@ def tables(results: Results, plan: Plan, tasks: list[str]) -> Iterator[str]:
             if not own:
                 continue
             fixed = f"depth {own[0].depth}" if across == "share" else f"budget {100 * AT:.0f}%"
-            for what, shown in (("solved", report.percent), ("progress", report.far)):
-                found = report.accuracy_table(results, own, across, shown)
+            for what, shown in (("solved", tables.percent), ("progress", tables.far)):
+                found = tables.accuracy_table(results, own, across, shown)
                 yield f"{task}, {fixed}, {what}\n{found}"
-    overall = report.overall_table(results, plan.budgets)
+    overall = tables.overall_table(results, plan.budgets)
     yield f"all tasks, hardest depth in range, mean progress\n{overall}"
     if any(cell.method == BASE for cell in plan.budgets):
-        differences = report.difference_table(results, plan.budgets, BASE)
+        differences = tables.difference_table(results, plan.budgets, BASE)
         yield f"progress, points more than {BASE}, mean over budgets\n{differences}"
 
 
@@ -179,7 +175,7 @@ def write_comparison(
     """Progress as a function of the models' R, as text and as a picture."""
     models = {concentration_of(s): results for s, results in zip(subjects, found, strict=True)}
     if pictures.available():
-        plot_by_concentration(models, plan.budgets, folder / "concentration.png")
+        plots.plot_by_concentration(models, plan.budgets, folder / "concentration.png")
     return table_by_concentration(models, plan.budgets)
 
 

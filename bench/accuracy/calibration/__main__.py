@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from bench.accuracy.calibration import report
+from bench.accuracy.calibration import findings
 from bench.accuracy.calibration.measure import Measurement, described, measure, plan
 from bench.accuracy.calibration.study import CHANCE, RANDOM, RECENT, Results, Setting, Study
 from bench.accuracy.calibration.texts import CHAT, Text, judged_texts, write_texts
@@ -45,7 +45,7 @@ def main() -> None:
     names = {text.name for text in texts}
     rows = [row for row in results.rows if row["text"] in names]
     rows = [row for row in rows if row["statistics"] in (*paths, CHANCE, RANDOM)]
-    print(report.report(rows, settings))
+    print(findings.report(rows, settings))
     if args.out:
         _write(args, paths, texts, settings, rows)
 
@@ -168,7 +168,7 @@ def _write(
         "texts": [
             {"name": t.name, "kind": t.kind, "half": t.half, "tokens": len(t.ids)} for t in texts
         ],
-        "chosen": [{**vars(s), "tokens": report.choose(rows, s)} for s in settings],
+        "chosen": [{**vars(s), "tokens": findings.choose(rows, s)} for s in settings],
     }
     lines = ",\n".join(json.dumps(row) for row in rows)
     content = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]}}\n'

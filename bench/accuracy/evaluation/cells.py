@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from scipy.stats import binomtest, norm
+
 from .judge import Outcome
 
-Z95 = 1.959964
+Z95 = float(norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
@@ -27,26 +29,10 @@ class Cell:
     interval: int
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Outcomes of a cell's instances."""
-
-    solved: int
-    instances: int
-    rounds: float
-    """Mean number held in an instance."""
-
-    @property
-    def accuracy(self) -> float:
-        return self.solved / self.instances
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's score interval at 95% (J. Am. Stat. Assoc. 22, 1927)."""
-        n, share, z = self.instances, self.accuracy, Z95
-        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
+def wilson(solved: int, of: int) -> tuple[float, float]:
+    """Wilson's score interval of a share at 95%: low, high."""
+    low, high = binomtest(solved, of).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -130,7 +116,7 @@ class Results:
             whole[task] = max(whole[task], len(gained))
         return Mean.of([mean(own) for (t, *_), own in gains.items() if len(own) == whole[t]])
 
-    def tally(self, cell: Cell) -> Tally:
+    def solved(self, cell: Cell) -> tuple[int, int]:
+        """How many of how many instances."""
         outcomes = self.outcomes[cell].values()
-        rounds = sum(outcome.rounds for outcome in outcomes) / len(outcomes)
-        return Tally(sum(outcome.solved for outcome in outcomes), len(outcomes), rounds)
+        return sum(outcome.solved for outcome in outcomes), len(outcomes)

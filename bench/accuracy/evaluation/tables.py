@@ -1,45 +1,27 @@
-"""Tables and pictures of accuracy by method, budget and depth."""
+"""Tables of accuracy by method, budget and depth."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
-from typing import Any
 
 from bench.table import table
 
-from .cells import Cell, Mean, Results, progress
+from .cells import Cell, Mean, Results, progress, wilson
 from .served import Agreement
 
 Shown = Callable[[Results, Cell | None], str]
 """How a cell is written."""
 
 
-Bounds = tuple[float, float, float]
-"""A share and its 95% interval: middle, low, high."""
-
-
-def solved_bounds(results: Results, cell: Cell) -> Bounds:
-    tally = results.tally(cell)
-    return (tally.accuracy, *tally.interval)
-
-
-def progress_bounds(results: Results, cell: Cell) -> Bounds:
-    found = results.mean(cell, progress)
-    return found.middle, found.middle - found.half, found.middle + found.half
-
-
-MEASURES = {"solved": solved_bounds, "progress": progress_bounds}
-
-
 def percent(results: Results, cell: Cell | None) -> str:
     """Accuracy and its 95% interval in percent, e.g. `87.3 (84.9-89.4)`."""
     if cell is None or cell not in results.outcomes:
         return "-"
-    middle, low, high = (100 * share for share in solved_bounds(results, cell))
-    return f"{middle:.1f} ({low:.1f}-{high:.1f})"
+    solved, of = results.solved(cell)
+    low, high = wilson(solved, of)
+    return f"{100 * solved / of:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def far(results: Results, cell: Cell | None) -> str:
@@ -115,42 +97,3 @@ def agreement_table(agreements: Iterable[Agreement]) -> str:
         numbers = (one.instances, *one.solved, one.alike, one.rounds, one.evicted)
         rows.append([name, *(str(number) for number in numbers)])
     return table(rows)
-
-
-def plot(results: Results, cells: Sequence[Cell], across: str, title: str, path: Path) -> None:
-    """Both measures against `across`, "share" or "depth": a column a task, a line a method."""
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(cell.task for cell in cells))
-    figure = Figure(figsize=(5 * len(tasks), 8), layout="constrained")
-    panels = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
-    for row, (name, measure) in zip(panels, MEASURES.items(), strict=True):
-        for axes, task in zip(row, tasks, strict=True):
-            for method in dict.fromkeys(cell.method for cell in cells):
-                own = [cell for cell in cells if (cell.task, cell.method) == (task, method)]
-                found = {getattr(cell, across): measure(results, cell) for cell in own}
-                if across == "share" and 0.0 in found:
-                    axes.axhline(found[0.0][0], color="black", linestyle=":", label=method)
-                else:
-                    draw(axes, found, method)
-            axes.set(title=task, ylim=(-0.02, 1.02))
-        row[0].set_ylabel(name)
-    for axes in panels[-1]:
-        axes.set_xlabel("budget, share of the chain" if across == "share" else "depth")
-        if across == "share":
-            shares = sorted({cell.share for cell in cells if cell.share})
-            axes.set_xscale("log")
-            axes.set_xticks(shares, [f"{100 * share:.0f}%" for share in shares], minor=False)
-            axes.minorticks_off()
-    panels[0][0].legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=80)
-
-
-def draw(axes: Any, found: Mapping[float, Bounds], label: str) -> None:
-    """A line with intervals, by place."""
-    places = sorted(found)
-    middle = [found[place][0] for place in places]
-    below = [found[place][0] - found[place][1] for place in places]
-    above = [found[place][2] - found[place][0] for place in places]
-    axes.errorbar(places, middle, [below, above], marker="o", capsize=2, label=label)

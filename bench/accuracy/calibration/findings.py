@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from scipy.stats import sem
 
 from bench.accuracy.calibration.study import Setting
 from bench.accuracy.calibration.texts import DEFAULT, HALVES
@@ -95,5 +96,4 @@ def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
     middle = f"{statistics.mean(values):{sign}.{digits}f}"
     if len(values) < 2:
         return middle
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{middle} ± {error:.{digits}f}"
+    return f"{middle} ± {sem(values):.{digits}f}"
