@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.accuracy.exact.judge import Recorded
+from bench.accuracy import client
+from bench.accuracy.client import Answer, Ask, Recorded
 from bench.simulator.policies import Policy
 from bench.simulator.registry import make_policy
 from bench.simulator.request import stagger_slots
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request: prompt token ids, output length and settings of its own.
-
-    Attributes:
-        extra: sampling parameters.
-        body: what stands beside them.
-    """
-
-    prompt: list[int]
-    tokens: int
-    policy: dict[str, Any] = field(default_factory=dict)
-    temperature: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
-    body: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    ask: Ask
-    rid: str
-    ids: list[int]
-    logprobs: np.ndarray
-    text: str
-    meta: dict[str, Any]
-
-    def error(self, expected: np.ndarray) -> float:
-        """Largest difference from `expected`, which may be of the first tokens alone."""
-        errors = np.abs(expected - self.logprobs[: len(expected)])
-        return float(errors[~np.isnan(errors)].max())
 
 
 def tokens_of(text: str) -> list[int]:
@@ -57,38 +23,12 @@ def tokens_of(text: str) -> list[int]:
 
 
 def send(running: Running, ask: Ask) -> Answer:
-    rid = uuid.uuid4().hex
-    params = {
-        "max_new_tokens": ask.tokens,
-        "temperature": ask.temperature,
-        "ignore_eos": True,
-        **ask.extra,
-    }
-    if ask.policy:
-        params["custom_params"] = {**params.get("custom_params", {}), "kv_policy": ask.policy}
-    body = running.server.generate(
-        input_ids=ask.prompt, sampling_params=params, rid=rid, return_logprob=True, **ask.body
-    )
-    ids, meta = body["output_ids"], body["meta_info"]
-    return Answer(ask, rid, ids, known_logprobs(ids, meta), body["text"], meta)
-
-
-def known_logprobs(ids: list[int], meta: dict[str, Any]) -> np.ndarray:
-    """The answer's log-probabilities; NaN for the one that SGLang may lose.
-
-    It counts the first as sent where a request is retracted before its first token is known.
-    """
-    pairs = meta["output_token_logprobs"]
-    lost = len(ids) - len(pairs)
-    assert 0 <= lost <= min(1, meta["num_retractions"])
-    assert [token for _, token, _ in pairs] == ids[lost:]
-    return np.array([np.nan] * lost + [logprob for logprob, _, _ in pairs])
+    return client.send(running.server, ask)
 
 
 def send_all(running: Running, asks: Sequence[Ask]) -> list[Answer]:
     """All at once, so that they share batches."""
-    with ThreadPoolExecutor(len(asks)) as pool:
-        return list(pool.map(lambda ask: send(running, ask), asks))
+    return client.send_all(running.server, asks)
 
 
 def simulated(own: dict[str, Any]) -> Policy:

@@ -10,8 +10,9 @@ from typing import Any
 import openai
 import pytest
 
+from bench.accuracy.client import Answer, Ask, known_logprobs
 from bench.decode_log import DecodeLog
-from tests.client import Answer, Ask, known_logprobs, send, tokens_of
+from tests.client import send, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
 from tests.test_conversations import Talk, exact, history

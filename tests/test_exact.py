@@ -15,20 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.accuracy.client import Answer, Ask, Recorded, at_once
 from bench.accuracy.exact import __main__ as exact
 from bench.accuracy.exact import identical, outputs, pool, rows, turns
-from bench.accuracy.exact.client import Answer, Ask, at_once
-from bench.accuracy.exact.judge import Judge, Recorded
-from bench.accuracy.exact.outputs import Limits
+from bench.accuracy.exact.judge import Judge, Limits
+from bench.accuracy.exact.parts import Part, Result, need, show, show_servers, write
 from bench.accuracy.exact.questions import DEPTHS, Questions
-from bench.accuracy.exact.report import Part, show, show_servers, write
-from bench.accuracy.exact.results import Result, need
 from bench.accuracy.exact.servers import BUDGET, INTERVAL
 from bench.accuracy.reference_model import FOLDER
 from bench.accuracy.reference_model.tasks import example
 from bench.accuracy.reference_model.tokenizer import STOP_THINKING, prompt_ids
 from bench.cutoff import CLOSING_S, Clock, TimeUp, cut_off
 from bench.simulator.oracle import Oracle
+from bench.simulator.registry import make_policy
 from sglang_tri import statistics as stats
 from tests.interpreted import ON_GPU
 
@@ -60,13 +59,13 @@ def test_a_run_on_this_machine(
     assert found["machine"]
     assert found["servers"]["policy-16"]["page_size"] == 16
     assert found["servers"]["policy-16"]["attention_backend"]
-    assert found["servers"]["policy-16"]["graph_share"]["Decode"] is not None
+    assert found["servers"]["policy-16"]["graph_share"]["decode"] is not None
 
 
 def test_an_untraced_batch_with_wrong_rows_fails() -> None:
-    control = {"mean": 0.8}
-    assert outputs.goal_untraced({"mean": 0.02}, control).met
-    assert outputs.goal_untraced({"mean": 0.7}, control).failed
+    control, least = {"mean": 0.8}, outputs.UNTRACED_FACTOR
+    assert outputs.far_off("{}", control, {"mean": 0.02}, least).met
+    assert outputs.far_off("{}", control, {"mean": 0.7}, least).failed
 
 
 def test_requests_that_hang_do_not_hold_up_the_end() -> None:
@@ -91,22 +90,23 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judge(statistics: Path) -> Judge:
-    return Judge(FOLDER, statistics, BUDGET, INTERVAL, [STOP_THINKING], FLOAT32.near)
+    return Judge(FOLDER, statistics, [STOP_THINKING], FLOAT32)
 
 
 @pytest.fixture(scope="module")
 def served(statistics: Path, judge: Judge) -> tuple[Answer, Recorded]:
     """What a faultless server would have answered and recorded."""
     ask = Ask(Questions(FOLDER)(0), 200)
-    made = Oracle(FOLDER, statistics).generate(ask.prompt, ask.tokens, judge.policy(None))
+    policy = make_policy("triattention", BUDGET, INTERVAL, mode="per-head")
+    made = Oracle(FOLDER, statistics).generate(ask.prompt, ask.tokens, policy)
     meta = {"cached_tokens": 0, "kv_policy": {"rounds": len(made.rounds)}}
-    answer = Answer(ask, "rid", made.output_ids.tolist(), made.logprobs, meta)
+    answer = Answer(ask, "rid", made.output_ids.tolist(), made.logprobs, "", meta)
     kept, lengths = zip(*((done.kept, done.length) for done in made.rounds), strict=True)
     return answer, Recorded(list(kept), list(lengths))
 
 
 def judged(judge: Judge, answer: Answer, recorded: Recorded) -> Result:
-    verdict = judge.verdict(judge.conversation(None, 1), answer, recorded)
+    verdict = judge.verdict(judge.conversation(answer, 1), answer, recorded)
     return Result(outputs.goals([verdict], FLOAT32))
 
 
@@ -179,9 +179,9 @@ def test_a_trace_that_changes_something(served: tuple[Answer, Recorded]) -> None
     ("history", "cached", "failing"), [("compressed", 8, 0), ("exact", 8, 1), ("compressed", 5, 1)]
 )
 def test_reuse(history: str, cached: int, failing: int) -> None:
-    first = Answer(Ask([1] * 5, 5), "", [2] * 5, np.zeros(5), {})
+    first = Answer(Ask([1] * 5, 5), "", [2] * 5, np.zeros(5), "", {})
     meta = {"cached_tokens": cached, "kv_policy": {"history": history}}
-    second = Answer(Ask([*first.tokens, 3], 5), "", [2] * 5, np.zeros(5), meta)
+    second = Answer(Ask([*first.tokens, 3], 5), "", [2] * 5, np.zeros(5), "", meta)
     goals = turns.reuse([first], [second], page_size=4)
     assert sum(goal.failed for goal in goals) == failing
 
@@ -307,7 +307,7 @@ def test_a_run_that_was_cut_off(tmp_path: Path) -> None:
 
 
 def test_servers_that_failed_are_shown() -> None:
-    share = {"Decode": 0.5, "Prefill": None}
+    share = {"decode": 0.5, "prefill": None}
     good = {"attention_backend": "triton", "dtype": "float32", "graph_share": share}
     lines = show_servers({"policy-1": good, "stock-1": {"error": "none"}}).splitlines()
     assert lines[1].split() == ["policy-1", "triton", "float32", "50%", "-"]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.accuracy.exact.client import Ask, send
-from bench.accuracy.exact.judge import Recorded
+from bench.accuracy.client import Ask, Recorded, send
 from bench.accuracy.families.__main__ import Found, judge
 from bench.accuracy.families.masked import Masked, visible
 from tests.client import tokens_of

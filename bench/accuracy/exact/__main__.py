@@ -2,16 +2,8 @@
 
 Servers of a small model (the reference model, unless another is named) run with the dtype, the
 attention backend and the page sizes that are asked for; the float32 simulator judges them here, on
-the CPU, and needs no GPU. The parts, for each page size:
-
-identical   a budget that is never reached: stock SGLang's ids and log-probabilities, bit for bit
-outputs     log-probabilities are those of the model with the recorded kept sets; without eviction
-            they are at least ten times as far off
-turns       a second turn goes on from the compressed first one, and is as exact; on a GPU also
-            without CUDA graphs in prefill
-pool        after 200 short requests, some of them aborted, every slot is free or cached
-rows        the rows of K and V are, bit for bit, those that the trace says were moved
-graphs      on a GPU, decode steps are replayed from CUDA graphs
+the CPU, and needs no GPU. The parts, for each page size, are
+identical, outputs, turns, pool, rows and graphs: docs/exact.md says what each of them needs.
 
 Further arguments for all servers stand after `--`. Exit status 1 if a part fails, or if a signal or
 `--limit` ends the check before it is done.
@@ -24,40 +16,25 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.accuracy.exact import identical, outputs, pool, rows, turns
-from bench.accuracy.exact.judge import Judge
-from bench.accuracy.exact.outputs import Limits, References
-from bench.accuracy.exact.questions import Questions
-from bench.accuracy.exact.report import Part, show, show_servers, write
-from bench.accuracy.exact.results import Result, need
-from bench.accuracy.exact.servers import (
-    BUDGET,
-    HUGE,
-    INTERVAL,
-    NO_PREFILL_GRAPHS,
-    POLICY,
-    STOCK,
-    Fleet,
-    arm_name,
-    arms,
-    describe,
-    graph_share,
-    trace,
-)
 from bench.accuracy.reference_model import FOLDER
 from bench.cutoff import Clock, CutOff, cut_off, seconds_to_end
 from bench.machine import look, versions
 from bench.server import Server
 from sglang_tri import __version__
 from sglang_tri import statistics as stats
+
+from . import identical, outputs, pool, rows, turns
+from .judge import Judge, Limits
+from .parts import Part, Result, need, show, show_servers, write
+from .questions import Questions
+from .servers import BUDGET, INTERVAL, KINDS, Fleet, arms, describe, graph_share, trace
 
 # A CPU is busy with two; on a GPU those of the next page size start meanwhile.
 FEWEST_AT_ONCE, MOST_AT_ONCE = 2, 8
@@ -81,115 +58,84 @@ class Check:
         self.clock = Clock(given.limit)
         self.given, self.gpu, self.folder = given, gpu, folder
         self.parts: list[Part] = []
-        self.about: dict[str, Any] = {
-            "machine": "",
-            "arguments": sys.argv[1:],
-            "versions": {"sglang-tri": __version__, **versions()},
-            "dtype": given.dtype,
-            "budget": BUDGET,
-            "interval": INTERVAL,
-            "servers": {},
-        }
-        self.limits = Limits.of(given.dtype)
+        seen = look()
+        about = {"machine": seen.machine, "arguments": sys.argv[1:], "dtype": given.dtype}
+        about |= {"versions": {"sglang-tri": __version__, **versions()}}
+        self.about = {**about, "budget": BUDGET, "interval": INTERVAL, "servers": {}}
         self.questions = Questions(given.model_path)
         official = folder / "stats.pt"
         stats.save_as(stats.load(given.stats), official)
-        self.judge = Judge(
-            given.model_path,
-            official,
-            BUDGET,
-            INTERVAL,
-            self.questions.think_end,
-            self.limits.near,
-        )
+        limits = Limits.of(given.dtype)
+        self.judge = Judge(given.model_path, official, self.questions.think_end, limits)
+        made = [arm for page in given.page_size for arm in arms(page, given, gpu, folder)]
+        at_once = max(FEWEST_AT_ONCE, min(MOST_AT_ONCE, seen.free // SERVER_BYTES))
+        self.fleet = Fleet(made, given.model_path, folder, at_once)
 
     def run(self) -> int:
         """The exit status."""
-        made = [
-            arm
-            for page in self.given.page_size
-            for arm in arms(page, self.given, self.gpu, self.folder)
-        ]
-        seen = look()
-        self.about["machine"] = seen.machine
-        at_once = max(FEWEST_AT_ONCE, min(MOST_AT_ONCE, seen.free // SERVER_BYTES))
-        fleet = Fleet(made, self.given.model_path, self.folder, at_once)
         try:
-            with cut_off(self.clock), closing(fleet):
+            with cut_off(self.clock), closing(self.fleet):
                 for page_size in self.given.page_size:
-                    self._page(fleet, page_size)
+                    self._page(page_size)
         except CutOff as error:
-            cut = Result([need("the check runs to its end", str(error), False)])
+            cut = Result([need("the check runs to its end", error, False)])
             self._add("cut off", 0, cut, 0.0)
-        self._write(finished=True)
+        write(self.given.json, self.about, self.parts, finished=True)
         print(f"\n{show(self.parts)}\n\n{show_servers(self.about['servers'])}\n{self.given.json}")
         return 1 if any(part.ok is False for part in self.parts) else 0
 
-    def _page(self, fleet: Fleet, page_size: int) -> None:
-        stock, huge, policy = (arm_name(kind, page_size) for kind in (STOCK, HUGE, POLICY))
-        references: References | None = None
+    def _page(self, page_size: int) -> None:
+        stock, huge, policy, eager = (f"{kind}-{page_size}" for kind in KINDS)
+        get, part = self.fleet.get, partial(self._part, page_size)
+        references: list[outputs.References] = []
 
         def compare() -> Result:
-            nonlocal references
-            servers = fleet.get(stock), fleet.get(huge)
-            found = identical.check(*servers, self.questions)
-            references = References.ask(*servers, self.questions)
+            found = identical.check(get(stock), get(huge), self.questions)
+            references.append(outputs.ask_others(get(stock), get(huge), self.questions))
             return found
 
-        self._part("identical", page_size, compare)
-        self._done(fleet, [stock, huge])
-        recorded = trace(self.folder, policy)
+        part("identical", compare)
+        self._done(stock, huge)
+        part("outputs", lambda: outputs.check(*self._judged(policy), *references))
+        part("turns", lambda: turns.check(*self._judged(policy)))
+        part("pool", lambda: pool.check(get(policy), self.questions))
+        part("rows", lambda: rows.check(trace(self.folder, policy)))
+        part("graphs", lambda: self._graphs(get(policy)))
+        self._done(policy)
+        part(WITHOUT_GRAPHS, lambda: self._without_graphs(eager))
 
-        def judged() -> Result:
-            server = fleet.get(policy)
-            return outputs.check(server, recorded, references, *self._rest(server))
-
-        self._part("outputs", page_size, judged)
-        self._part("turns", page_size, lambda: self._turns(fleet.get(policy), recorded))
-        self._part("pool", page_size, lambda: pool.check(fleet.get(policy), self.questions))
-        self._part("rows", page_size, lambda: rows.check(recorded))
-        self._part("graphs", page_size, lambda: self._graphs(fleet.get(policy)))
-        self._done(fleet, [policy])
-        self._part(WITHOUT_GRAPHS, page_size, partial(self._without_graphs, fleet, page_size))
-
-    def _rest(self, server: Server) -> tuple[Judge, Questions, int, Limits]:
-        """What outputs are judged by; some attention backends choose the page size themselves."""
+    def _judged(self, name: str) -> tuple[Server, Path, Judge, Questions, int]:
+        """A server, its trace, and what it is judged by."""
+        server = self.fleet.get(name)
+        # Some attention backends choose it themselves.
         page_size = int(server.internal_state()["page_size"])
-        return self.judge, self.questions, page_size, self.limits
-
-    def _turns(self, server: Server, recorded: Path) -> Result:
-        return turns.check(server, recorded, *self._rest(server))
+        return server, trace(self.folder, name), self.judge, self.questions, page_size
 
     def _graphs(self, server: Server) -> Result:
-        share = graph_share(server, "Decode")
+        share = graph_share(server, "decode")
         asked = self.gpu and "--disable-cuda-graph" not in self.given.server_arguments
         met = share is not None and share >= LEAST_IN_GRAPHS if asked else None
         text = f"at least {LEAST_IN_GRAPHS:.0%} of decode steps are replayed from graphs"
-        return Result([need(text, f"{share}", met)])
+        return Result([need(text, share, met)])
 
-    def _without_graphs(self, fleet: Fleet, page_size: int) -> Result:
+    def _without_graphs(self, name: str) -> Result:
         if not self.gpu:
             return Result([need("prefill has no CUDA graphs on a CPU", "not run", None)])
-        name = arm_name(NO_PREFILL_GRAPHS, page_size)
-        recorded = trace(self.folder, name)
-        found = self._turns(fleet.get(name), recorded)
-        moved = rows.check(recorded)
-        self._done(fleet, [name])
+        found, moved = turns.check(*self._judged(name)), rows.check(trace(self.folder, name))
+        self._done(name)
         return Result([*found.goals, *moved.goals], {**found.figures, "moved": moved.figures})
 
-    def _done(self, fleet: Fleet, names: Sequence[str]) -> None:
+    def _done(self, *names: str) -> None:
         """These are not needed any more."""
         for name in names:
             try:
-                self.about["servers"][name] = describe(fleet.get(name))
+                self.about["servers"][name] = describe(self.fleet.get(name))
             except Exception as error:
-                self.about["servers"][name] = {
-                    "error": _said(error),
-                    "log": fleet.log_tail(name).splitlines(),
-                }
-        fleet.done(names)
+                log = self.fleet.log_tail(name).splitlines()
+                self.about["servers"][name] = {"error": _said(error), "log": log}
+        self.fleet.done(*names)
 
-    def _part(self, name: str, page_size: int, check: Callable[[], Result]) -> None:
+    def _part(self, page_size: int, name: str, check: Callable[[], Result]) -> None:
         """One that raises has failed; the others go on."""
         began = time.monotonic()
         try:
@@ -202,10 +148,7 @@ class Check:
         part = Part(name, page_size, result.goals, result.figures, seconds)
         self.parts.append(part)
         print(f"{name}, page size {page_size}: {part.verdict}", *part.goals, sep="\n  ", flush=True)
-        self._write(finished=False)
-
-    def _write(self, finished: bool) -> None:
-        write(self.given.json, self.about, self.parts, finished)
+        write(self.given.json, self.about, self.parts, finished=False)
 
 
 def _said(error: Exception) -> str:

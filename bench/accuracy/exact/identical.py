@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bench.accuracy.client import Answer, Ask, send
 from bench.server import Endpoint
 
-from .client import Answer, Ask, send
+from .parts import Result, need
 from .questions import Questions
-from .results import Result, need
 
 TOKENS = 120
 
@@ -22,8 +22,7 @@ def check(stock: Endpoint, huge: Endpoint, questions: Questions) -> Result:
 
 def _talk(server: Endpoint, questions: Questions) -> list[Answer]:
     """Two questions, greedy, and a second turn behind the first of them."""
-    first = send(server, Ask(questions(0), TOKENS))
-    other = send(server, Ask(questions(1), TOKENS))
+    first, other = (send(server, Ask(questions(number), TOKENS)) for number in range(2))
     second = send(server, Ask([*first.tokens, *questions(2, further=True)], TOKENS))
     return [first, other, second]
 
@@ -31,23 +30,16 @@ def _talk(server: Endpoint, questions: Questions) -> list[Answer]:
 def compare(stock: Sequence[Answer], huge: Sequence[Answer]) -> Result:
     pairs = list(zip(stock, huge, strict=True))
     ids = [one.ids == two.ids for one, two in pairs]
-    logprobs = [np.array_equal(one.logprobs, two.logprobs) for one, two in pairs]
+    same = [np.array_equal(one.logprobs, two.logprobs) for one, two in pairs]
     cached = [[answer.meta["cached_tokens"] for answer in pair] for pair in pairs]
     of = f"of {len(pairs)} requests"
-    return Result(
-        [
-            need("output ids are stock SGLang's", f"{sum(ids)} {of}", all(ids)),
-            need(
-                "so are all log-probabilities, bit for bit", f"{sum(logprobs)} {of}", all(logprobs)
-            ),
-            need(
-                "as many tokens are cached",
-                f"stock, policy: {cached}",
-                all(one == two for one, two in cached),
-            ),
-        ],
-        {"requests": len(pairs), "first_other_token": [_first_other(*pair) for pair in pairs]},
-    )
+    goals = [
+        need("output ids are stock SGLang's", f"{sum(ids)} {of}", all(ids)),
+        need("so are all log-probabilities, bit for bit", f"{sum(same)} {of}", all(same)),
+        need("as many tokens are cached", cached, all(one == two for one, two in cached)),
+    ]
+    differing = [_first_other(*pair) for pair in pairs]
+    return Result(goals, {"requests": len(pairs), "first_other_token": differing})
 
 
 def _first_other(one: Answer, two: Answer) -> int | None:

@@ -10,16 +10,15 @@ import json
 import random
 import time
 import uuid
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import requests
 
+from bench.accuracy.client import at_once
 from bench.server import Server
 
-from .client import at_once
+from .parts import Result, need
 from .questions import Questions
-from .results import Result, need
 
 REQUESTS, AT_ONCE = 200, 24
 SHORTEST, LONGEST = 4, 130
@@ -28,97 +27,70 @@ ABORTED_AFTER = 6
 IDLE_TIMEOUT_S = 30.0
 # What the last prompt leaves of the pool: for its output, in whole pages.
 SPARE = 64
-Ending = Literal["whole", "aborted", "disconnected"]
+# A sixth is aborted, a sixth left by the client.
+ENDINGS = ("whole", "whole", "whole", "whole", "aborted", "disconnected")
 
 
-@dataclass(frozen=True)
-class Short:
+class Short(NamedTuple):
     """A request: token ids, output length and how it ends."""
 
     prompt: list[int]
     tokens: int
-    ending: Ending
+    ending: str
 
 
 def check(server: Server, questions: Questions) -> Result:
-    before = server.kv_policy()
+    before = server.kv_policy()["requests_evicted"]
     endings = at_once(lambda short: run(server, short), mixture(questions), AT_ONCE)
     load = idle(server)
     used, size = load["num_used_tokens"], load["max_total_num_tokens"]
-    evicted = server.kv_policy()["requests_evicted"] - before["requests_evicted"]
-    longest = server.generate(
-        input_ids=random.Random(0).choices(range(1, 200), k=size - SPARE),
-        sampling_params={"max_new_tokens": 1},
-    )
-    cut = endings.count("aborted") + endings.count("disconnected")
-    return Result(
-        [
-            need(
-                "free and cached slots are the whole pool", f"{used} of {size} are not", used == 0
-            ),
-            need(
-                f"some of {len(endings)} requests are evicted from, some aborted",
-                f"{evicted}, {cut}",
-                evicted > 0 and cut > 0,
-            ),
-            need(
-                "a prompt of nearly as many tokens then fits",
-                f"{longest['meta_info']['prompt_tokens']} tokens",
-                len(longest["output_ids"]) == 1,
-            ),
-            need("SGLang reports no leak", "its log", "leak" not in server.log.read_text().lower()),
-        ],
-        {"endings": {kind: endings.count(kind) for kind in set(endings)}, "evicted": evicted},
-    )
+    evicted = server.kv_policy()["requests_evicted"] - before
+    prompt = random.Random(0).choices(range(1, 200), k=size - SPARE)
+    longest = server.generate(input_ids=prompt, sampling_params={"max_new_tokens": 1})
+    cut = len(endings) - endings.count("whole")
+    some = f"some of {len(endings)} requests are evicted from, some aborted"
+    fits = f"{longest['meta_info']['prompt_tokens']} tokens", len(longest["output_ids"]) == 1
+    leak = "leak" in server.log.read_text().lower()
+    goals = [
+        need("free and cached slots are the whole pool", f"{used} of {size} are not", used == 0),
+        need(some, f"{evicted}, {cut}", evicted > 0 and cut > 0),
+        need("a prompt of nearly as many tokens then fits", *fits),
+        need("SGLang reports no leak", "its log", not leak),
+    ]
+    kinds = {kind: endings.count(kind) for kind in set(endings)}
+    return Result(goals, {"endings": kinds, "evicted": evicted})
 
 
 def mixture(questions: Questions) -> list[Short]:
-    """Half of them over shared prefixes, a sixth aborted, a sixth left by the client."""
+    """Half of them over shared prefixes."""
     rng = random.Random("pool")
     shared = [questions(number)[:80] for number in range(3)]
-    endings: tuple[Ending, ...] = ("whole", "whole", "whole", "whole", "aborted", "disconnected")
-    return [
-        Short(
-            [*(rng.choice(shared) if rng.random() < 0.5 else []), *_own(rng)],
-            rng.randrange(SHORTEST, LONGEST),
-            rng.choice(endings),
-        )
-        for _ in range(REQUESTS)
-    ]
+
+    def short() -> Short:
+        prefix = rng.choice(shared) if rng.random() < 0.5 else []
+        own = rng.choices(range(1, 200), k=rng.randrange(2, 60))
+        return Short([*prefix, *own], rng.randrange(SHORTEST, LONGEST), rng.choice(ENDINGS))
+
+    return [short() for _ in range(REQUESTS)]
 
 
-def _own(rng: random.Random) -> list[int]:
-    return rng.choices(range(1, 200), k=rng.randrange(2, 60))
-
-
-def run(server: Server, short: Short) -> Ending:
+def run(server: Server, short: Short) -> str:
     """Send it, and end it; returns how it ended, "whole" if it was faster than its end."""
     rid = uuid.uuid4().hex
-    body: dict[str, Any] = {
-        "input_ids": short.prompt,
-        "sampling_params": {"max_new_tokens": short.tokens, "ignore_eos": True},
-        "rid": rid,
-        "stream": True,
-    }
-    cut = False
+    params = {"max_new_tokens": short.tokens, "ignore_eos": True}
+    body: dict[str, Any] = {"input_ids": short.prompt, "sampling_params": params}
+    body |= {"rid": rid, "stream": True}
+    reason: dict[str, Any] = {}
     with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=600) as response:
         response.raise_for_status()
-        for count, info in enumerate(_chunks(response)):
-            if short.ending == "whole" or count != ABORTED_AFTER:
-                cut = (info["finish_reason"] or {}).get("type") == "abort"
-            elif short.ending == "disconnected":
+        chunks = (line.removeprefix(b"data: ") for line in response.iter_lines() if line)
+        for count, chunk in enumerate(chunk for chunk in chunks if chunk != b"[DONE]"):
+            reason = json.loads(chunk)["meta_info"]["finish_reason"] or {}
+            if count == ABORTED_AFTER and short.ending == "disconnected":
                 return short.ending
-            else:
+            if count == ABORTED_AFTER and short.ending == "aborted":
                 server.post("/abort_request", rid=rid)
-    return "aborted" if cut else "whole"
-
-
-def _chunks(response: requests.Response) -> Any:
-    """`meta_info` of each chunk of a stream."""
-    for line in response.iter_lines():
-        text = line.removeprefix(b"data: ")
-        if line.startswith(b"data: ") and text != b"[DONE]":
-            yield json.loads(text)["meta_info"]
+    return "aborted" if reason.get("type") == "abort" else "whole"
 
 
 def idle(server: Server) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import metrics
 from bench.arms import Arm, triattention
 from bench.cutoff import held_back
 from bench.server import STOCK_ENVIRONMENT, STRICT, Server, stop_all
@@ -18,11 +18,11 @@ BUDGET, INTERVAL = 48, 24
 # A budget that no output reaches.
 NEVER = 4096
 POOL = 6144
-STOCK, HUGE, POLICY, NO_PREFILL_GRAPHS = "stock", "huge", "policy", "no-prefill-graphs"
+KINDS = ("stock", "huge", "policy", "no-prefill-graphs")
 # Requests may say their mode and budget.
 OWN_SETTINGS = {PER_REQUEST: "1"}
 _COMMON = [
-    *("--max-total-tokens", str(POOL), "--max-running-requests", "32"),
+    *("--max-total-tokens", str(POOL), "--max-running-requests", "32", *metrics.FLAGS),
     *("--decode-log-interval", "10", "--grammar-backend", "none"),
     # As long as the longest prefill that CUDA graphs are captured for.
     *("--chunked-prefill-size", "1024"),
@@ -31,11 +31,10 @@ _COMMON = [
 _ON_GPU = ["--mem-fraction-static", "0.9", "--cuda-graph-max-bs-decode", "32"]
 # A server that waits would take a core from one that works.
 _ON_CPU = ["--sleep-on-idle"]
-_GRAPH = r"^.*{} batch.*graph: (True|False)"
 
 
 def arms(page_size: int, given: argparse.Namespace, gpu: bool, folder: Path) -> list[Arm]:
-    """Those of one page size, in the order in which they are used.
+    """One of each of KINDS, in the order in which they are used; the last on a GPU alone.
 
     Args:
         given: the command line.
@@ -48,31 +47,18 @@ def arms(page_size: int, given: argparse.Namespace, gpu: bool, folder: Path) -> 
         common += ["--attention-backend", given.attention_backend]
     common += given.server_arguments
     evicting = [*common, *triattention(given.stats, BUDGET, INTERVAL)]
+    stock, huge, policy, eager = (f"{kind}-{page_size}" for kind in KINDS)
 
-    def name(kind: str) -> str:
-        return arm_name(kind, page_size)
-
-    def traced(kind: str) -> dict[str, str]:
-        return {
-            **STRICT,
-            TRACE: str(trace(folder, name(kind))),
-            TRACE_ROWS: "1",
-            **OWN_SETTINGS,
-        }
+    def traced(name: str) -> dict[str, str]:
+        return {**STRICT, **OWN_SETTINGS, TRACE: str(trace(folder, name)), TRACE_ROWS: "1"}
 
     made = [
-        Arm(name(STOCK), common, STOCK_ENVIRONMENT),
-        Arm(name(HUGE), [*common, *triattention(given.stats, NEVER, INTERVAL)], OWN_SETTINGS),
-        Arm(name(POLICY), evicting, traced(POLICY)),
+        Arm(stock, common, STOCK_ENVIRONMENT),
+        Arm(huge, [*common, *triattention(given.stats, NEVER, INTERVAL)], OWN_SETTINGS),
+        Arm(policy, evicting, traced(policy)),
+        Arm(eager, [*evicting, "--disable-prefill-cuda-graph"], traced(eager)),
     ]
-    if gpu:
-        eager = [*evicting, "--disable-prefill-cuda-graph"]
-        made.append(Arm(name(NO_PREFILL_GRAPHS), eager, traced(NO_PREFILL_GRAPHS)))
-    return made
-
-
-def arm_name(kind: str, page_size: int) -> str:
-    return f"{kind}-{page_size}"
+    return made if gpu else made[:-1]
 
 
 def trace(folder: Path, name: str) -> Path:
@@ -96,28 +82,23 @@ class Fleet:
         self._running: dict[str, Server] = {}
 
     def get(self, name: str) -> Server:
-        """The server once it is ready.
-
-        Raises:
-            ServerFailed: it ended, or was not ready in time.
-        """
+        """The server once it is ready; raises ServerFailed if it will not be."""
         self._start()
-        server = self._running[name]
-        server.wait_until_ready()
-        return server
+        self._running[name].wait_until_ready()
+        return self._running[name]
 
     def log_tail(self, name: str) -> str:
         """The end of a server's log, whether it runs or not."""
         return self._running[name].log_tail()
 
-    def done(self, names: Sequence[str]) -> None:
+    def done(self, *names: str) -> None:
         """Stop these; others start in their place."""
         stop_all([self._running.pop(name) for name in names])
         self._start()
 
     def close(self) -> None:
         self._waiting.clear()
-        self.done(list(self._running))
+        self.done(*self._running)
 
     def _start(self) -> None:
         while self._waiting and len(self._running) < self._at_once:
@@ -134,11 +115,14 @@ def describe(server: Server) -> dict[str, Any]:
     found = {name: state[name] for name in sorted(names) if isinstance(state[name], str)}
     found |= {name: state[name] for name in ("dtype", "page_size", "device")}
     found["graph_memory_gb"] = state["memory_usage"]["graph"]
-    found["graph_share"] = {phase: graph_share(server, phase) for phase in ("Decode", "Prefill")}
+    found["graph_share"] = {phase: graph_share(server, phase) for phase in ("decode", "prefill")}
     return found
 
 
 def graph_share(server: Server, phase: str) -> float | None:
-    """Of the log's lines on steps of this phase; None where there are none."""
-    steps = re.findall(_GRAPH.format(phase), server.log.read_text(errors="replace"), re.M)
-    return steps.count("True") / len(steps) if steps else None
+    """Of this phase's steps, how many were replayed from CUDA graphs; None if there were none."""
+    found = metrics.read(server.url)
+    graphs, others = (
+        found.get(f"cuda_graph_passes_total {phase}_{kind}", 0.0) for kind in ("cuda_graph", "none")
+    )
+    return graphs / (graphs + others) if graphs + others else None

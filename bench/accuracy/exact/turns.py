@@ -5,50 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.accuracy.client import Answer, Ask, Recorded, send_all
 from bench.goal import Goal
 from bench.server import Endpoint
 
-from .client import Answer, Ask, send_all
-from .judge import Judge, Recorded, Verdict
-from .outputs import Limits, figures, goals
+from .judge import Judge, Verdict
+from .outputs import figures, goals
+from .parts import Result, need
 from .questions import Questions
-from .results import Result, need
 
 FIRST, SECOND = 150, 200
-TALKS = 2
-# The questions before are those of other parts, which must not be found cached.
-FIRST_QUESTION = 20
+# Behind those of other parts, which must not be found cached; one greedy, one sampled.
+NUMBERS = (20, 21)
 
 
 def check(
-    server: Endpoint,
-    trace: Path,
-    judge: Judge,
-    questions: Questions,
-    page_size: int,
-    limits: Limits,
+    server: Endpoint, trace: Path, judge: Judge, questions: Questions, page_size: int
 ) -> Result:
-    """Two conversations at once, one greedy, one sampled; see `outputs.check`."""
-    numbers = range(FIRST_QUESTION, FIRST_QUESTION + TALKS)
-    firsts = send_all(server, [Ask(questions(n), FIRST, float(n % 2)) for n in numbers])
-    seconds = send_all(server, [_go_on(first, questions) for first in firsts])
+    """Two conversations at once; see `outputs.check`."""
+    asks = [Ask(questions(number), FIRST, temperature=float(number % 2)) for number in NUMBERS]
+    firsts = send_all(server, asks)
+    question = questions(max(NUMBERS) + 1, further=True)
+    further = [
+        Ask([*first.tokens, *question], SECOND, temperature=first.ask.temperature)
+        for first in firsts
+    ]
+    seconds = send_all(server, further)
     verdicts: list[Verdict] = []
     for pair in zip(firsts, seconds, strict=True):
-        talk = judge.conversation(None, page_size)
+        talk = judge.conversation(pair[0], page_size)
         verdicts += [judge.verdict(talk, one, Recorded.read(trace, one.rid)) for one in pair]
-    return Result(
-        [*reuse(firsts, seconds, page_size), *goals(verdicts, limits)],
-        {
-            **figures(verdicts),
-            "cached_tokens": [second.meta["cached_tokens"] for second in seconds],
-            "tokens_before": [len(first.tokens) for first in firsts],
-        },
-    )
-
-
-def _go_on(first: Answer, questions: Questions) -> Ask:
-    question = questions(FIRST_QUESTION + TALKS, further=True)
-    return Ask([*first.tokens, *question], SECOND, first.ask.temperature)
+    found = {
+        **figures(verdicts),
+        "cached_tokens": [second.meta["cached_tokens"] for second in seconds],
+        "tokens_before": [len(first.tokens) for first in firsts],
+    }
+    return Result([*reuse(firsts, seconds, page_size), *goals(verdicts, judge.limits)], found)
 
 
 def reuse(firsts: Sequence[Answer], seconds: Sequence[Answer], page_size: int) -> list[Goal]:
@@ -58,15 +50,8 @@ def reuse(firsts: Sequence[Answer], seconds: Sequence[Answer], page_size: int) -
         len(first.tokens) - second.meta["cached_tokens"]
         for first, second in zip(firsts, seconds, strict=True)
     ]
+    once = "no more than a page of the first turn is prefilled again"
     return [
-        need(
-            "second turns find compressed history",
-            ", ".join(history),
-            all(found == "compressed" for found in history),
-        ),
-        need(
-            "no more than a page of the first turn is prefilled again",
-            f"{missing} tokens",
-            max(missing) <= page_size,
-        ),
+        need("second turns find compressed history", history, set(history) == {"compressed"}),
+        need(once, f"{missing} tokens", max(missing) <= page_size),
     ]

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from bench.accuracy.exact.client import Answer, Ask, send, send_all
-from bench.accuracy.exact.judge import Recorded
+from bench.accuracy.client import Answer, Ask, Recorded, send, send_all
 from bench.accuracy.families.made import FAMILIES, make
 from bench.accuracy.families.masked import Masked
 from bench.arms import triattention
@@ -80,7 +79,7 @@ def check(model: Path, folder: Path) -> Found:
     trace = folder / "rounds"
     tokenizer = AutoTokenizer.from_pretrained(model)
     asks = [
-        Ask(tokenizer.encode(text), TOKENS, temperature)
+        Ask(tokenizer.encode(text), TOKENS, temperature=temperature)
         for text, temperature in zip(TEXTS, (0.0, 1.0), strict=True)
     ]
     try:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.accuracy.exact.client import Answer
-from bench.accuracy.exact.judge import Recorded
+from bench.accuracy.client import Answer, Recorded
 
 
 def visible(prompt: int, tokens: int, rounds: Recorded) -> torch.Tensor:
