@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from bench.arms import triattention
 from bench.machine import machine
+from bench.models.tiny import make_model
 from bench.planning import measure
 from bench.server import STOCK_ENVIRONMENT, Server
 from bench.table import spread
-from bench.tiny_models import make_model
 
 BUDGET, INTERVAL = 256, 64
 REQUESTS = 8

@@ -49,8 +49,8 @@ from bench.load.report import Results, report
 from bench.load.run import Run
 from bench.load.sweep import DoesNotFit, Sweep
 from bench.load.traffic import traffic_of
+from bench.models.tokenizer import write_printable_tokenizer
 from bench.server import ServerFailed
-from bench.tiny_tokenizer import write_printable_tokenizer
 
 # One pool's failure must not cost what other pools have shown.
 FAILURES = (

@@ -17,9 +17,9 @@ from typing import Any
 import requests
 
 from bench.machine import machine
+from bench.models.tiny import make_model
 from bench.server import STOCK_ENVIRONMENT, Server
 from bench.table import table
-from bench.tiny_models import make_model
 
 POLICY = ("--kv-policy", "streaming", "--kv-budget", "48", "--kv-interval", "24")
 TIMEOUT_S = 20

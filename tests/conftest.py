@@ -13,12 +13,13 @@ import torch
 import tests.interpreted  # noqa: F401 - before anything that imports a kernel
 from bench.accuracy.reference_model import FOLDER
 from bench.models import CATALOGUE, get
+from bench.models.tiny import make_model
 from bench.server import Server
-from bench.tiny_adapters import make_adapter
-from bench.tiny_models import make_model, make_stats
 from sglang_tri import statistics as stats
 from sglang_tri.patches.cpu import activation
+from tests.adapters import make_adapter
 from tests.setups import BUDGET, INTERVAL, SETUPS, Setup
+from tests.tiny_stats import make_stats
 
 PROBE = Path(__file__).parent / "probe"
 # The servers need the other cores, and small matrices lose more by threads than they win.

@@ -52,7 +52,7 @@ class Setup:
         arguments: beside the model and, where it has one, the policy.
         policy: whether the policy is on.
         automatic: whether the server makes its query statistics itself, not from a file.
-        adapters: names of the LoRA adapters that it serves, of `bench.tiny_adapters`.
+        adapters: names of the LoRA adapters that it serves, of `tests.adapters`.
         environment: added to the tests' own.
         group: servers whose tests run in one process, one after another; default: it is alone.
         full: whether it runs in `make test-full` only.

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from sglang.srt.lora.lora_registry import LoRARef
 
+from bench.models.tiny import make_model
 from bench.simulator.oracle import Oracle
-from bench.tiny_adapters import make_adapter, merge
-from bench.tiny_models import make_model
+from tests.adapters import make_adapter, merge
 from tests.client import Answer, send, send_all
 from tests.conftest import Running, Servers
 from tests.test_conversations import POLICIES, Talk, exact, history, whole_pages

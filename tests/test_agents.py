@@ -120,7 +120,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, history: list[dict[str, str]]) 
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    from bench.tiny_models import make_model
+    from bench.models.tiny import make_model
 
     return AutoTokenizer.from_pretrained(make_model("qwen3", tmp_path_factory.mktemp("model")))
 

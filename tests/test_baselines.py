@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.models.tiny import make_model
 from bench.simulator import Candidates, Oracle, Request, make_policy
 from bench.simulator.baselines import H2O, RKV, Chance, FutureAttention, SnapKV, Spliced
 from bench.simulator.baselines.adakv import head_budgets
@@ -18,7 +19,7 @@ from bench.simulator.decoder import attention
 from bench.simulator.history import History
 from bench.simulator.observed import Observed
 from bench.simulator.request import Ledger
-from bench.tiny_models import calibration_text, make_model, make_stats
+from tests.tiny_stats import calibration_text, make_stats
 
 LAYERS, KV_HEADS, GROUP, DIM = 2, 2, 3, 8
 START, N = 5, 23

@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bench.tiny_models import capture_heads, head_means
+from bench.accuracy.reference_model.heads import head_means
 from sglang_tri import statistics as stats
 from sglang_tri.statistics import calibration_text as text
 from sglang_tri.statistics import validate
 from sglang_tri.statistics.virtual_queries import virtual_queries
 from tests.conftest import Running
 from tests.setups import COMMON, README
+from tests.tiny_stats import capture_heads
 
 CHUNK = 128
 OWN_TEXT = "yarn-lora-page16"

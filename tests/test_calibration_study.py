@@ -14,10 +14,11 @@ from bench.accuracy.calibration.keeping import Panel, chance, shares
 from bench.accuracy.calibration.reading import PROMPT, Reading
 from bench.accuracy.calibration.study import RECENT, Results, Setting, Study
 from bench.accuracy.calibration.texts import Text
+from bench.models.tiny import make_model
 from bench.simulator import Oracle, Request, Stats, TriAttention
 from bench.simulator.history import History
 from bench.simulator.request import Ledger
-from bench.tiny_models import calibration_text, make_model, make_stats
+from tests.tiny_stats import calibration_text, make_stats
 
 KINDS = ("qwen3", "yarn")
 # Printable bytes are their own token ids in the tiny models.

@@ -32,8 +32,9 @@ from bench.accuracy.reference_model.tokenizer import (
     write_tokenizer,
 )
 from bench.accuracy.reference_model.train import TRAINING
+from bench.models.tiny import make_model
 from bench.simulator import Oracle, Stats
-from bench.tiny_models import calibration_text, make_model, make_stats
+from tests.tiny_stats import calibration_text, make_stats
 
 POLICIES = [name for name in METHODS if name not in {*LOOK_AHEAD, *SETTINGS}]
 PROMPT = list(calibration_text(60, seed=5).encode())

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from bench.models.tiny import make_model
 from bench.simulator import Conversation, Replay, RoundMismatch
 from bench.simulator.decoder import Decoder
 from bench.simulator.oracle import Oracle
-from bench.tiny_models import make_model
 from tests.client import Answer, Ask, recorded_rounds, send, send_all, simulated, tokens_of
 from tests.conftest import Running
 

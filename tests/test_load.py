@@ -15,7 +15,6 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from bench.arms import Arm
-from bench.dummy_models import make_dummy
 from bench.load import sweep
 from bench.load.arms import (
     CLIP_VARIABLE,
@@ -43,9 +42,10 @@ from bench.load.workloads import (
     reasoning,
     shared_prefix,
 )
+from bench.models.dummy import make_dummy
+from bench.models.tiny import make_model
+from bench.models.tokenizer import write_printable_tokenizer
 from bench.server import STOCK_ENVIRONMENT
-from bench.tiny_models import make_model
-from bench.tiny_tokenizer import write_printable_tokenizer
 from sglang_tri.patches.scheduler import WAIT
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL

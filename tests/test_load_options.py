@@ -8,11 +8,11 @@ from array import array
 import pytest
 import torch
 
-from bench.dummy_models import SHAPES
 from bench.load.arms import CONSTRAINED, POLICY, PRODUCTION, clip
 from bench.load.options import parse
 from bench.load.presets import PRESETS, WAVES
 from bench.load.workloads import NEVER
+from bench.models.dummy import SHAPES
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.request.region import Region, slots_for, stagger_slots
 

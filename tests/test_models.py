@@ -14,7 +14,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bench import models
-from bench.models import CATALOGUE, ModelUnavailable, store
+from bench.models import CATALOGUE, ModelUnavailable
+from bench.models import download as store
 from bench.models.download import download
 from sglang_tri.statistics import cache
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
+from bench.models.tiny import VOCAB
 from bench.simulator.conversation import Conversation
 from bench.simulator.oracle import Oracle
 from bench.simulator.registry import make_policy
 from bench.simulator.trace import Replay
-from bench.tiny_models import VOCAB
 from tests.client import Answer, Ask, recorded_rounds, send, send_all, tokens_of
 from tests.conftest import Running
 from tests.probing import ask

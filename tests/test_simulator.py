@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.models.tiny import make_model
 from bench.simulator import (
     Candidates,
     NoEviction,
@@ -36,7 +37,7 @@ from bench.simulator import (
 )
 from bench.simulator.scoring import combine, znorm
 from bench.simulator.selection import select
-from bench.tiny_models import calibration_text, make_model, make_stats
+from tests.tiny_stats import calibration_text, make_stats
 
 KINDS = ("qwen3", "llama3", "yarn")
 MODES = ("per-head", "per-layer-per-head", "union")

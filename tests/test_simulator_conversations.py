@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.models.tiny import make_model
 from bench.simulator import (
     Conversation,
     NoEviction,
@@ -23,8 +24,8 @@ from bench.simulator import (
     RoundMismatch,
     TriAttention,
 )
-from bench.tiny_models import calibration_text, make_model, make_stats
 from tests.test_simulator import early
+from tests.tiny_stats import calibration_text, make_stats
 
 LAYERS, HEADS, KV_HEADS = 4, 4, 2
 KEEP, MORE = 12, 4

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from bench import tiny_models
+from bench.models import tiny
+from bench.models.tokenizer import PRINTABLE
+from tests.tiny_stats import calibration_text, make_stats
 
 KINDS = ("qwen3", "llama3", "yarn")
 GREEDY_STEPS = 120
@@ -20,7 +22,7 @@ GREEDY_STEPS = 120
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tiny")
-    return {kind: tiny_models.make_model(kind, root / kind) for kind in KINDS}
+    return {kind: tiny.make_model(kind, root / kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def tokenizer(models: dict[str, Path]) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bytes_every_time(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
-    again = tiny_models.make_model(kind, tmp_path / kind)
+    again = tiny.make_model(kind, tmp_path / kind)
     names = sorted(p.name for p in again.iterdir())
     assert names == sorted(p.name for p in models[kind].iterdir())
     for name in names:
@@ -44,7 +46,7 @@ def test_under_two_megabytes(kind: str, models: dict[str, Path]) -> None:
 
 def test_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown tiny model"):
-        tiny_models.make_model("gpt5", tmp_path)
+        tiny.make_model("gpt5", tmp_path)
 
 
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=80))
@@ -77,7 +79,7 @@ def test_greedy_text_is_printable_decisive_and_acyclic(kind: str, models: dict[s
             margins.append(float(top.values[0] - top.values[1]))
             ids = top.indices[:1, None]
             out.append(int(ids))
-    assert set(out) <= set(tiny_models.PRINTABLE)
+    assert set(out) <= set(PRINTABLE)
     assert sum(m < 1e-3 for m in margins) <= 2
     tail = out[-64:]
     assert all(tail[n:] != tail[:-n] for n in range(1, 8)), bytes(tail)
@@ -86,7 +88,7 @@ def test_greedy_text_is_printable_decisive_and_acyclic(kind: str, models: dict[s
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropping_context_moves_the_logits(kind: str, models: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32).eval()
-    ids = torch.tensor([list(tiny_models.calibration_text(300).encode())])
+    ids = torch.tensor([list(calibration_text(300).encode())])
     mask = torch.ones_like(ids)
     mask[:, 50:150] = 0
     positions = torch.arange(300)[None]
@@ -99,7 +101,7 @@ def test_dropping_context_moves_the_logits(kind: str, models: dict[str, Path]) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stats_have_the_official_layout(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
-    path = tiny_models.make_stats(models[kind], tmp_path / "stats.pt", tokens=256)
+    path = make_stats(models[kind], tmp_path / "stats.pt", tokens=256)
     stats = torch.load(path, weights_only=True)
     heads = [[layer, head] for layer in range(4) for head in range(4)]
     assert stats["metadata"] == {
@@ -119,10 +121,10 @@ def test_stats_have_the_official_layout(kind: str, models: dict[str, Path], tmp_
 
 def test_stats_are_of_queries_before_rope(models: dict[str, Path], tmp_path: Path) -> None:
     """The first layer's queries need no attention, so they can be worked out by hand."""
-    path = tiny_models.make_stats(models["qwen3"], tmp_path / "stats.pt", tokens=64)
+    path = make_stats(models["qwen3"], tmp_path / "stats.pt", tokens=64)
     entry = torch.load(path, weights_only=True)["stats"]["layer00_head01"]
     weights = load_file(models["qwen3"] / "model.safetensors")
-    ids = list(tiny_models.calibration_text(64).encode())
+    ids = list(calibration_text(64).encode())
     hidden = rms_norm(weights["model.embed_tokens.weight"][ids], torch.ones(128), eps=1e-6)
     q = (hidden @ weights["model.layers.0.self_attn.q_proj.weight"].T).view(64, 4, 32)[:, 1]
     q = rms_norm(q, weights["model.layers.0.self_attn.q_norm.weight"], eps=1e-6)
@@ -136,4 +138,4 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def test_bad_token_count_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokens must be positive"):
-        tiny_models.make_stats(models["qwen3"], tmp_path / "stats.pt", tokens=0)
+        make_stats(models["qwen3"], tmp_path / "stats.pt", tokens=0)

@@ -17,8 +17,8 @@ from bench.agent.calls import Call, tokenize
 from bench.agent.prompt import TEMPLATE, system_prompt
 from bench.arms import Arm, running, triattention
 from bench.decode_log import DecodeLog
+from bench.models.tiny import make_model
 from bench.server import STOCK_ENVIRONMENT, Endpoint
-from bench.tiny_models import make_model
 
 ARMS = ("prompt", "continuation", "stock", "radix-off")
 PROMPT, CONTINUATION, STOCK, RADIX_OFF = ARMS

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from bench.dummy_models import make_dummy
 from bench.load.arms import CONSTRAINED, POLICY, PRODUCTION, clip
 from bench.load.workloads import (
     Workload,
@@ -16,7 +15,8 @@ from bench.load.workloads import (
     reasoning,
     shared_prefix,
 )
-from bench.tiny_models import make_model
+from bench.models.dummy import make_dummy
+from bench.models.tiny import make_model
 
 RICH, FULL = "rich", "full"
 WAVES = 4  # Of the load that is never evicted from: one is over too soon to be compared.

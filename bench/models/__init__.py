@@ -1,6 +1,6 @@
-"""Pretrained models that anyone can have from the package index; see `bench.models.catalogue`."""
+"""Models for tests and benches: pretrained ones from packages, tiny random ones, bare shapes."""
 
 from bench.models.catalogue import CATALOGUE, Packaged
-from bench.models.store import ModelUnavailable, get
+from bench.models.download import ModelUnavailable, get
 
 __all__ = ["CATALOGUE", "ModelUnavailable", "Packaged", "get"]

@@ -13,8 +13,7 @@ import sys
 
 import torch
 
-from bench.models.catalogue import CATALOGUE
-from bench.models.store import ModelUnavailable, get
+from bench.models import CATALOGUE, ModelUnavailable, get
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -25,18 +24,15 @@ def main() -> int:
     commands.add_parser("list", help="names, licences and origins")
     getter = commands.add_parser("get", help="make a model's folder, and print its path")
     getter.add_argument("name", choices=CATALOGUE)
-    getter.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the weights; default: bfloat16 where this machine computes in it, else float32",
-    )
+    default = "bfloat16 where this machine computes in it, else float32"
+    getter.add_argument("--dtype", choices=DTYPES, help=f"of the weights; default: {default}")
     arguments = parser.parse_args()
-    if arguments.command == "list":
-        for model in CATALOGUE.values():
-            print(f"{model.name}: {model.origin}. {model.licence}, {model.megabytes} MB")
-        return 0
     try:
-        print(get(arguments.name, DTYPES.get(arguments.dtype)))
+        if arguments.command == "get":
+            print(get(arguments.name, DTYPES.get(arguments.dtype)))
+        else:
+            for model in CATALOGUE.values():
+                print(f"{model.name}: {model.origin}. {model.licence}, {model.megabytes} MB")
     except ModelUnavailable as error:
         print(error, file=sys.stderr)
         return 1

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.tiny_models import VOCAB
-from bench.tiny_tokenizer import write_tokenizer
+from bench.models.tiny import VOCAB
+from bench.models.tokenizer import write_tokenizer
 
 _SHAPE = {
     "vocab_size": VOCAB,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from bench.tiny_models import head_means
 from sglang_tri.statistics.rope import Rope
 from sglang_tri.statistics.statistics import Statistics
 
@@ -59,3 +58,15 @@ def statistics(model: Any, sequences: Iterable[list[int]], rope: Rope, name: str
         rope=rope,
         metadata={"model_name": name, "rope_style": "half", "tokens": count},
     )
+
+
+def head_means(heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Means over tokens of queries or keys [..., tokens, heads, head_dim], halves paired.
+
+    Returns:
+        E x_f (complex), E|x_f|, E|x_f|^2, each [..., heads, head_dim / 2], and E||x|| [..., heads].
+    """
+    pairs = torch.complex(*heads.chunk(2, dim=-1))
+    size = pairs.abs()
+    norm = torch.linalg.vector_norm(heads, dim=-1)
+    return pairs.mean(-3), size.mean(-3), size.square().mean(-3), norm.mean(-2)

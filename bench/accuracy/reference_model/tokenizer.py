@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.tiny_tokenizer import BYTES, byte_characters, write_bpe
+from bench.models.tokenizer import BYTES, byte_characters, write_bpe
 
 from .names import LETTERS
 from .tasks import Example
@@ -35,7 +35,7 @@ def write_tokenizer(path: Path) -> None:
     for letter, token in _LETTER_IDS.items():
         first, second = (characters[byte] for byte in letter.encode())
         vocab[first + second] = token
-        merges.append(f"{first} {second}")
+        merges.append((first, second))
     write_bpe(path, vocab, SPECIALS, merges, CHAT_TEMPLATE)
 
 

@@ -21,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from bench.tiny_models import head_means
 from sglang_tri.statistics.describe import concentration
 from sglang_tri.statistics.statistics import Statistics
 
 from . import parallel
 from .batches import IGNORED, Batch, Curriculum, make_batch
-from .heads import capturing
+from .heads import capturing, head_means
 from .model import Shape, build, write_model
 from .tasks import TASKS
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from bench.tiny_tokenizer import EOS, special_id, write_json, write_tokenizer
+from bench.models.tokenizer import EOS, special_id, write_tokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
@@ -18,11 +19,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "intermediate_size": 12288,
         "vocab_size": 151936,
-        "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
         "max_position_embeddings": 40960,
-        "attention_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
@@ -39,5 +38,5 @@ def make_dummy(name: str, path: Path) -> Path:
         raise ValueError(f"unknown model shape {name!r}; known: {', '.join(SHAPES)}")
     shape = SHAPES[name]
     write_tokenizer(path, shape["vocab_size"])
-    write_json(path / "config.json", {**shape, "eos_token_id": special_id(EOS)})
+    (path / "config.json").write_text(json.dumps({**shape, "eos_token_id": special_id(EOS)}))
     return path

@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.tiny_tokenizer import write_json
-
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 # Size of an adapter's change beside the weight that it changes.
 STRENGTH = 0.5
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Rank and scale of one adapter; the seed tells adapters apart."""
-
-    rank: int
-    alpha: int
-    seed: int
-
-
-ADAPTERS = {"a": Adapter(rank=4, alpha=8, seed=11), "b": Adapter(rank=8, alpha=4, seed=12)}
+ADAPTERS = {
+    "a": {"r": 4, "lora_alpha": 8},
+    "b": {"r": 8, "lora_alpha": 4},
+}
+"""Rank and scale of each, by the names of PEFT."""
+_SEEDS = {"a": 11, "b": 12}
 
 
 def make_adapter(name: str, model_dir: Path, path: Path) -> Path:
-    """Write an adapter of all linear layers of a model into the folder `path`.
+    """Write an adapter of all linear layers of a model into the folder `path`; returns it.
 
     Args:
         name: of `ADAPTERS`.
         model_dir: a tiny model; its layers' weights say which shapes the adapter has.
-        path: folder to fill, made if missing.
-
-    Returns:
-        `path`, loadable by SGLang (`--lora-paths`) and by PEFT.
+        path: folder to fill, made if missing; for SGLang (`--lora-paths`) and for PEFT.
     """
-    adapter = ADAPTERS[name]
-    gen = torch.Generator().manual_seed(adapter.seed)
+    rank, alpha = ADAPTERS[name].values()
+    gen = torch.Generator().manual_seed(_SEEDS[name])
     tensors: dict[str, torch.Tensor] = {}
     modules: set[str] = set()
     for key, weight in sorted(load_file(model_dir / "model.safetensors").items()):
@@ -50,26 +38,18 @@ def make_adapter(name: str, model_dir: Path, path: Path) -> Path:
             continue
         module = key.removesuffix(".weight")
         modules.add(module.rpartition(".")[2])
-        down = torch.randn(adapter.rank, weight.shape[1], generator=gen)
-        up = torch.randn(weight.shape[0], adapter.rank, generator=gen)
+        down = torch.randn(rank, weight.shape[1], generator=gen)
+        up = torch.randn(weight.shape[0], rank, generator=gen)
         up[weight.abs().sum(1) == 0] = 0.0  # What a layer leaves alone, the adapter does, too.
-        change = _scale(adapter.rank, adapter.alpha) * up @ down
+        change = alpha / rank * up @ down
         up *= STRENGTH * weight.norm() / change.norm()
         tensors[f"{PREFIX}{module}.lora_A.weight"] = down
         tensors[f"{PREFIX}{module}.lora_B.weight"] = up
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model_dir),
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(modules),
-    }
-    write_json(path / "adapter_config.json", config)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
+    config |= {"base_model_name_or_path": str(model_dir), "target_modules": sorted(modules)}
+    (path / "adapter_config.json").write_text(json.dumps({**config, **ADAPTERS[name]}))
     return path
 
 
@@ -80,18 +60,12 @@ def merge(model_dir: Path, adapter_dir: Path, path: Path) -> Path:
     """
     shutil.copytree(model_dir, path)
     config = json.loads((adapter_dir / "adapter_config.json").read_text())
-    scale = _scale(config["r"], config["lora_alpha"])
     weights = load_file(model_dir / "model.safetensors")
     adapter = load_file(adapter_dir / WEIGHTS)
     for key, down in adapter.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        up = adapter[key.replace(".lora_A.", ".lora_B.")]
-        name = key.removeprefix(PREFIX).replace(".lora_A.", ".")
-        weights[name] += scale * up @ down
+        if key.endswith(".lora_A.weight"):
+            up = adapter[key.replace(".lora_A.", ".lora_B.")]
+            name = key.removeprefix(PREFIX).replace(".lora_A.", ".")
+            weights[name] += config["lora_alpha"] / config["r"] * up @ down
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
-
-
-def _scale(rank: int, alpha: int) -> float:
-    return alpha / rank
