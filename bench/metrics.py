@@ -42,6 +42,7 @@ class Sample:
         throughput: generated tokens per second.
         decoded: tokens that were generated since the server started.
         retracted: how often a request lost its slots since then.
+        read: KV slots that a decode step reads; what requests share counts once for each of them.
     """
 
     time: float
@@ -50,6 +51,7 @@ class Sample:
     throughput: float
     decoded: int
     retracted: int
+    read: int
 
     @classmethod
     def of(cls, url: str) -> Sample:
@@ -61,6 +63,7 @@ class Sample:
             found.get("gen_throughput", 0.0),
             int(found.get("realtime_tokens_total decode", 0)),
             int(found.get("num_retracted_requests_total", 0)),
+            int(found.get("decode_sum_seq_lens", 0)),
         )
 
 

@@ -11,9 +11,6 @@ once.
 
 `--preset quick --limit 300` takes minutes on one GPU of 80 GB: Qwen3-8B's shape, one small pool.
 
-Beside each measured ratio stands what it would be if a decoding step took as long as reading the
-weights and the KV slots of its batch, at the batch sizes that were measured.
-
 All outputs have the length that was asked for. Without a radix cache SGLang reserves such outputs
 in full, whatever it estimates: "constrained" never takes in more than fit.
 
@@ -29,120 +26,165 @@ import json
 import shlex
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
+import torch
 
-from bench.cutoff import Clock, Interrupted, TimeUp, cut_off
-from bench.load.cells import group
+from bench import pictures
+from bench.cutoff import Clock, Interrupted, TimeUp, cut_off, seconds_to_end
+from bench.flags import positive
 from bench.load.client import Client, LoadFailed
-from bench.load.goals import judge
-from bench.load.options import parse
-from bench.load.plan import Planned, all_measured, left_out
-from bench.load.presets import Preset
-from bench.load.report import Results, report
-from bench.load.run import Run
-from bench.load.sweep import DoesNotFit, Sweep
-from bench.load.traffic import traffic_of
+from bench.load.report import NOTE, compare, draw, judge, show, traffic_of
+from bench.load.sweep import Sweep
+from bench.load.workloads import ARMS, POLICY, PRESETS, PRODUCTION, Preset
+from bench.machine import machine, versions
+from bench.models.dummy import make_dummy
+from bench.models.tiny import make_model
 from bench.models.tokenizer import write_printable_tokenizer
 from bench.server import ServerFailed
-
-# One pool's failure must not cost what other pools have shown.
-FAILURES = (
-    DoesNotFit,
-    LoadFailed,
-    ServerFailed,
-    BrokenProcessPool,
-    requests.RequestException,
-)
-
-
-@dataclass
-class Found:
-    """What was measured so far.
-
-    Attributes:
-        kept: file that holds the runs, too: the next one may fail.
-    """
-
-    kept: Path
-    planned: Planned = field(default_factory=Planned)
-    runs: list[Run] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def add(self, run: Run) -> None:
-        self.runs.append(run)
-        with self.kept.open("a") as file:
-            print(json.dumps(asdict(run)), file=file)
+from sglang_tri.config import KvPolicyConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments, preset = parse(argv, __doc__ or "")
+    arguments, preset = parse(argv)
     clock = Clock(arguments.limit)
     folder = Path(tempfile.mkdtemp(prefix="sglang-tri-serving-"))
-    model, tokenizer = _model(arguments, preset, folder)
-    traffic = traffic_of(model)
-    found = Found(arguments.output.with_suffix(".jsonl"))
-    found.kept.parent.mkdir(parents=True, exist_ok=True)
-    found.kept.unlink(missing_ok=True)
-    print(f"Logs: {folder}; runs, as they are measured: {found.kept}")
+    kept = arguments.output.with_suffix(".jsonl")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("")
+    print(f"Logs: {folder}; runs, as they are measured: {kept}")
+    client = _client(arguments.model_path, preset, folder)
+    traffic = traffic_of(client.model)
+    sweep = Sweep(preset, client, kept, clock)
+    failures = _measure(sweep)
+    rows = compare(sweep.runs, traffic)
+    goals = judge(rows, preset.goal)
+    done = Counter((run["workload"], run["pool"], run["arm"]) for run in sweep.runs)
+    missing, due = preset.planned() - done, preset.repeats
+    left_out = [
+        f"left out: {workload}, pool {pool}, {arm}: {count} of {due} runs"
+        for (workload, pool, arm), count in missing.items()
+    ]
+    print(show(rows), NOTE, *goals, *left_out, *failures, sep="\n")
+    result = {
+        "command": shlex.join(["python", "-m", "bench.serving", *(argv or sys.argv[1:])]),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": asdict(preset),
+        "traffic": asdict(traffic),
+        "rows": rows,
+        "runs": sweep.runs,
+        "goals": [asdict(goal) for goal in goals],
+        "left_out": left_out,
+        "failures": failures,
+        "seconds": clock.seconds,
+    }
+    arguments.output.write_text(json.dumps(result))
+    if sweep.runs and pictures.available():
+        draw(sweep.runs).savefig(arguments.output.with_suffix(".png"), dpi=110)
+    print(f"{clock.seconds:.0f} s; written: {arguments.output}")
+    failed = failures or due in missing.values() or any(goal.failed for goal in goals)
+    return int(bool(failed))
+
+
+def _client(model: Path | None, preset: Preset, folder: Path) -> Client:
+    """With the model, or the preset's own; prompts of text are written with its tokenizer."""
+    if model:
+        return Client(folder, model, model)
+    write_printable_tokenizer(folder / "tokenizer")
+    own = folder / "model"
+    made = make_dummy("qwen3-8b", own) if preset.gpu else make_model("qwen3", own)
+    return Client(folder, made, folder / "tokenizer")
+
+
+def _measure(sweep: Sweep) -> list[str]:
+    """All pools; what went wrong. One's failure must not cost what others have shown."""
+    failures = []
     try:
-        with (
-            cut_off(clock),
-            tqdm(unit="run") as bar,
-            Client(folder, model, tokenizer) as client,
-        ):
-            tell, wait = bar.set_description, bar.refresh
-            sweep = Sweep(preset, arguments, model, client, folder, tell, wait, clock)
-            _measure(sweep, found, bar)
+        with cut_off(sweep.clock):
+            for pool in sweep.preset.all_pools():
+                try:
+                    sweep.measure(pool)
+                except (LoadFailed, ServerFailed, requests.RequestException) as error:
+                    failures.append(f"pool {pool.name}: {error}")
+                    print(failures[-1], flush=True)
     except TimeUp as error:
         print(error)
     except Interrupted as error:
-        found.failures.append(str(error))
-    groups = group(found.runs, traffic)
-    results = Results(
-        command=shlex.join(["python", "-m", "bench.serving", *(argv or sys.argv[1:])]),
-        settings={**vars(arguments), **vars(preset)},
-        traffic=traffic,
-        groups=groups,
-        goals=judge(groups, preset.goal),
-        left_out=left_out(found.planned, found.runs),
-        failures=found.failures,
-        seconds=clock.seconds,
+        failures.append(str(error))
+    return failures
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Preset]:
+    """The arguments, and the preset with what they change.
+
+    Raises:
+        SystemExit: something cannot work; stderr says which flag, and what would work.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    name, preset = arguments.preset, PRESETS[arguments.preset]
+    given = {flag: value for flag, value in vars(arguments).items() if value is not None}
+    if "arms" in given:  # Without the preset's estimates, then.
+        given = {"clips": (), **given, "arms": [PRODUCTION, *given["arms"], POLICY]}
+    own = ["--load-format", "dummy"] if preset.gpu and not arguments.model_path else []
+    given["server"] = [*preset.server, *own, *arguments.server_arguments]
+    known = {each.name for each in fields(Preset)}
+    chosen = replace(preset, **{flag: given[flag] for flag in known & given.keys()})
+    if preset.gpu and not torch.cuda.is_available():
+        parser.error(
+            f"--preset {name} serves 16 GB of bfloat16 weights and needs a GPU, and torch finds "
+            "none: use --preset tiny"
+        )
+    for flag, pools in (("--pools", chosen.pools), ("--others-in", chosen.others_in)):
+        if unknown := " ".join(sorted({*pools} - {*preset.sent})):
+            parser.error(f"{flag} {unknown}: {name} has {', '.join(preset.sent)}")
+    if not chosen.all_pools():
+        loads = ", ".join(sorted({load for load, *_ in replace(chosen, workloads=()).planned()}))
+        wanted = " ".join(chosen.workloads)
+        parser.error(f"--workloads {wanted}: not in these pools, which have {loads}")
+    return arguments, chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.serving",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report(results, arguments.output)
-    failed = any(goal.failed for goal in results.goals)
-    return 1 if failed or found.failures or not all_measured(found.planned, found.runs) else 0
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="tiny", help="model and sizes")
+    add("--pools", nargs="+", help="which of the preset's pools")
+    add("--others-in", nargs="*", help="pools that get the other workloads, too")
+    add("--workloads", nargs="+", help="only those whose names begin so")
+    add("--arms", nargs="+", choices=ARMS, help="servers beside production and triattention")
+    add("--clips", type=positive, nargs="*", help="estimates of output tokens, a server for each")
+    add("--budget", type=_kept, help="tokens that the policy keeps")
+    add("--interval", type=_kept, help="tokens from one round to the next")
+    add("--times", type=positive, help="times as many requests, no more of them at once")
+    add("--systems", type=positive, nargs="+", help="tokens of the system prompt")
+    add("--outputs", type=positive, nargs="+", help="output tokens")
+    add("--repeats", type=positive, help="runs of each workload (default: 2)")
+    add("--limit", type=seconds_to_end, metavar="SECONDS", help="end by then, with what there is")
+    add("--model-path", type=Path, help="folder; default: the preset's own")
+    add("--stats", help="query statistics of that model (default: auto)")
+    add("--output", type=Path, default=Path("results/serving.json"))
+    add("server_arguments", nargs="*", help="for all servers, after --")
+    return parser
 
 
-def _model(arguments: argparse.Namespace, preset: Preset, folder: Path) -> tuple[Path, Path]:
-    """Folders of the model and of the tokenizer that prompts are written with."""
-    if arguments.model_path:
-        return arguments.model_path, arguments.model_path
-    tokenizer = folder / "tokenizer"
-    write_printable_tokenizer(tokenizer)
-    return preset.make_model(folder / "model"), tokenizer
-
-
-def _measure(sweep: Sweep, found: Found, bar: tqdm[None]) -> None:
-    pools = sweep.preset.pools()
-    for pool in pools:
-        found.planned += sweep.planned(pool)
-    for pool in pools:
-        try:
-            # Closed at once, its servers stop before anything else ends.
-            with closing(sweep.measure(pool)) as runs:
-                for run in runs:
-                    found.add(run)
-                    bar.update()
-        except FAILURES as error:
-            found.failures.append(f"pool {pool.name}: {error}")
-            tqdm.write(found.failures[-1])
+def _kept(text: str) -> int:
+    """A budget, or an interval: servers would take minutes to say the same."""
+    if (tokens := positive(text)) < (least := KvPolicyConfig.recent):
+        raise argparse.ArgumentTypeError(
+            f"{tokens} is too small for the policy, which always keeps the {least} most recent "
+            f"tokens: use {least} or more"
+        )
+    return tokens
 
 
 if __name__ == "__main__":

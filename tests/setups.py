@@ -17,7 +17,7 @@ PAGE_16 = ("--page-size", "16")
 FP8 = ("--kv-cache-dtype", "fp8_e4m3")
 SYNC = ("--disable-overlap-schedule",)
 COMMON = (
-    *("--max-total-tokens", "8192", "--chunked-prefill-size", "128"),
+    *("--max-total-tokens", "8192", "--chunked-prefill-size", "128", "--enable-metrics"),
     # A random model asked for JSON would fill it with blanks for ever.
     *("--decode-log-interval", "1", "--constrained-json-disable-any-whitespace"),
     *("--chat-template", str(THINKING)),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from sglang.srt.managers import schedule_policy
 
-from bench.decode_log import DecodeLog
 from bench.simulator.oracle import Oracle
 from sglang_tri.config import KvPolicyConfig
 from sglang_tri.engine import Engine
@@ -23,6 +22,7 @@ from sglang_tri.round.run import KvCache
 from tests.client import Ask, recorded_rounds, send, send_all, simulated, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL, SMALL_POOL
+from tests.steps import decode_steps
 
 SMALL = pytest.mark.parametrize("server", ["llama3"], indirect=True)
 FOOTPRINT = BUDGET + INTERVAL
@@ -104,14 +104,14 @@ def test_an_id_that_is_sent_again() -> None:
 def test_waiting_requests_are_admitted_while_nobody_finishes(server: Running) -> None:
     """Stock reserves each output, so that one of these fills the pool."""
     server.server.flush_cache()
-    log = DecodeLog(server.server.log)
+    begin = server.server.log.stat().st_size
     tokens = SMALL_POOL * 3 // 4
     prompts = [tokens_of(f"{number} wait for nobody") for number in range(8)]
     send_all(server, [Ask(prompt, tokens, {}) for prompt in prompts])
-    running = [line.running for line in log.read_new()]
+    running, slots = zip(*decode_steps(server.server.log, begin), strict=True)
     assert max(running) == len(prompts)
     assert running.index(len(prompts)) < tokens // 2
-    assert log.peak_slots <= sum(len(prompt) + FOOTPRINT for prompt in prompts) < SMALL_POOL
+    assert max(slots) <= sum(len(prompt) + FOOTPRINT for prompt in prompts) < SMALL_POOL
 
 
 @SMALL

@@ -11,10 +11,10 @@ import openai
 import pytest
 
 from bench.accuracy.client import Answer, Ask, known_logprobs
-from bench.decode_log import DecodeLog
 from tests.client import send, tokens_of
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
+from tests.steps import decode_steps
 from tests.test_conversations import Talk, exact, history
 from tests.test_serving import QUESTION, chat_tokens, wait_for_rounds, wait_idle, wait_until
 
@@ -107,10 +107,11 @@ def test_retracted_by_a_pause(server: Running, updates: bool) -> None:
     others = [Talk(server, f"paused {updates} {number}") for number in range(3)]
     asks = [other.ask("Go on and on.", 4 * LONG) for other in others]
     with ThreadPoolExecutor(len(asks)) as pool:
-        log, rounds = DecodeLog(server.server.log), server.server.kv_policy()["rounds"]
+        log, rounds = server.server.log, server.server.kv_policy()["rounds"]
+        begin = log.stat().st_size
         answers = pool.map(lambda request: send(server, request), asks)
         wait_for_rounds(server, rounds + 6)
-        wait_until(lambda: any(line.running == len(asks) for line in log.read_new()))
+        wait_until(lambda: any(running == len(asks) for running, _ in decode_steps(log, begin)))
         with paused(server, "retract"):
             if updates:
                 update_weights(server, flush_cache=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
+import json
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,33 +16,23 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from bench import metrics
 from bench.arms import Arm
+from bench.cutoff import Clock
 from bench.load import sweep
-from bench.load.arms import (
-    CLIP_VARIABLE,
-    CONSTRAINED,
-    POLICY,
-    PRODUCTION,
-    WAITING,
-    clip,
-    make_arms,
-)
-from bench.load.cells import Cell, Group, group
-from bench.load.client import Client, Load, LoadFailed
-from bench.load.goals import judge
-from bench.load.picture import draw
-from bench.load.presets import FULL, PRESETS, RICH
-from bench.load.report import group_table
-from bench.load.run import Run, measure
-from bench.load.sweep import DoesNotFit, Sweep
-from bench.load.traffic import Traffic, traffic_of
+from bench.load.client import RATE, Client, LoadFailed, Run
+from bench.load.report import Row, Traffic, compare, draw, judge, show, traffic_of
+from bench.load.sweep import CLIP_VARIABLE, Sweep, make_arm
 from bench.load.workloads import (
+    CONSTRAINED,
+    FULL,
     NEVER,
+    POLICY,
+    PRESETS,
+    PRODUCTION,
+    RICH,
+    WAITING,
     Workload,
-    never_evicted,
-    random_lengths,
-    reasoning,
-    shared_prefix,
 )
 from bench.models.dummy import make_dummy
 from bench.models.tiny import make_model
@@ -52,106 +44,97 @@ from tests.setups import BUDGET, INTERVAL
 
 LARGE_VOCABULARY = 151936
 TINY, LARGE = PRESETS["tiny"], PRESETS["qwen3-8b"]
-LOAD = Load(
-    began=0.0,
-    seconds=2.0,
-    output_rate=50.0,
-    request_rate=1.0,
-    first_token=(0.1, 0.2, 0.3),
-    between_tokens=(0.01, 0.02, 0.03),
-    cached=30,
-)
-RUN = Run(
-    arm=PRODUCTION,
-    pool="4",
-    workload="reasoning 10+20",
-    slots=100,
-    load=LOAD,
-    retracted=0,
-    rounds=0,
-    peak_slots=90,
-    running=4.0,
-    read=200.0,
-    over_time=[(0.0, 4, 50.0), (1.0, 3, 40.0)],
-    attention="torch_native",
-    wall=3.0,
-)
+RUN: Run = {
+    **{"arm": PRODUCTION, "pool": "4", "workload": "reasoning 10+20"},
+    **{"duration": 2.0, RATE: 50.0, "request_throughput": 1.0},
+    **{"median_ttft_ms": 100.0, "p95_ttft_ms": 200.0, "p99_ttft_ms": 300.0},
+    **{"median_itl_ms": 10.0, "p95_itl_ms": 20.0, "p99_itl_ms": 30.0},
+    **{"slots": 100, "attention": "torch_native", "cached": 30, "retracted": 0, "rounds": 0},
+    **{"running": 4.0, "read": 200.0, "peak_slots": 90, "wall": 3.0},
+    "over_time": [(0.0, 4, 50.0), (1.0, 3, 40.0)],
+}
 BANDWIDTH = Traffic(weights=1000, slot=10, bandwidth=1e6)
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def client(tmp_path_factory: pytest.TempPathFactory) -> Client:
     folder = tmp_path_factory.mktemp("client")
     write_printable_tokenizer(folder / "tokenizer")
-    model = make_model("qwen3", folder / "model")
-    with Client(folder, model, folder / "tokenizer") as client:
-        yield client
+    return Client(folder, make_model("qwen3", folder / "model"), folder / "tokenizer")
+
+
+def reasoning(requests: int, system: int, question: int, output: int) -> Workload:
+    return Workload("reasoning", requests, system, question, output)
 
 
 @pytest.mark.parametrize("server", ["stock", "page1-overlap"], indirect=True)
-def test_a_run(server: Running, client: Client) -> None:
+def test_a_run(server: Running, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """All counts are those that follow from the workload."""
+    monkeypatch.setattr(metrics, "PERIOD_S", 0.02)  # Or the most slots would not be seen.
     requests, system, question, output = 5, 40, 8, 3 * (BUDGET + INTERVAL) - 16
-    workload = reasoning(requests, system, question, output)
-    run = measure(client, server.server, workload, "arm", "pool", shares=True)
-    assert (run.workload, run.arm, run.pool) == (workload.name, "arm", "pool")
-    assert run.slots == 8192
-    assert run.attention == "torch_native"
-    assert run.load.seconds < run.wall < run.load.seconds + 60
-    assert run.load.output_rate * run.load.seconds == pytest.approx(requests * output)
-    assert run.load.request_rate * run.load.seconds == pytest.approx(requests)
+    run = client.measure(
+        server.server, reasoning(requests, system, question, output), "arm", "pool"
+    )
+    assert (run["workload"], run["arm"], run["pool"]) == ("reasoning", "arm", "pool")
+    assert run["slots"] == 8192
+    assert run["attention"] == "torch_native"
+    seconds = run["duration"]
+    assert seconds < run["wall"] < seconds + 120
+    assert run[RATE] * seconds == pytest.approx(requests * output)
+    assert run["request_throughput"] * seconds == pytest.approx(requests)
     # The first request is known, from the client's warm-up, up to its last token.
     prompt = system + 2 + question
     known = (requests - 1) * (system + 2) + prompt - 1
-    assert known <= run.load.cached <= requests * (prompt - 1)
-    assert run.retracted == 0
+    assert known <= run["cached"] <= requests * (prompt - 1)
+    assert run["retracted"] == 0
     policy = server.setup.policy
     # However early the first of them is, by up to 8 tokens.
     rounds = (output - BUDGET - 1) // INTERVAL
     assert rounds == (output - BUDGET - 1 + 8) // INTERVAL
-    assert run.rounds in ((requests * rounds, requests * (rounds - 1)) if policy else (0,))
+    assert run["rounds"] in ((requests * rounds, requests * (rounds - 1)) if policy else (0,))
     most = BUDGET + INTERVAL if policy else output
     held = system + requests * (2 + question + most)
-    assert held - 25 * requests <= run.peak_slots <= held + 1
-    assert max(running for _, running, _ in run.over_time) == requests
-    assert 1 <= run.running <= requests
+    assert held - 25 * requests <= run["peak_slots"] <= held + 1
+    assert max(running for _, running, _ in run["over_time"]) == requests
+    assert 1 <= run["running"] <= requests
     # On average a request holds its prompt and half of its output, or most of its budget.
     low, high = (BUDGET // 2, most) if policy else (output / 3, 2 * output / 3)
-    assert run.running * (prompt + low) <= run.read <= run.running * (prompt + high)
-    assert all(0 <= time <= run.load.seconds + 1 for time, _, _ in run.over_time)
-    assert 0 < run.load.first_token[0] <= run.load.first_token[-1] < run.load.seconds
-    assert 0 < run.load.between_tokens[0] <= run.load.between_tokens[-1] < run.load.seconds
+    assert run["running"] * (prompt + low) <= run["read"] <= run["running"] * (prompt + high)
+    assert all(0 <= time <= seconds for time, _, _ in run["over_time"])
+    assert 0 < run["median_ttft_ms"] <= run["p99_ttft_ms"] < 1000 * seconds
+    assert 0 < run["median_itl_ms"] <= run["p99_itl_ms"] < 1000 * seconds
 
 
 @pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
 def test_a_run_without_rounds(server: Running, client: Client) -> None:
-    workload = never_evicted(6, system=40, question=8, budget=BUDGET).times(2)
-    run = measure(client, server.server, workload, "arm", "pool", shares=True)
-    assert run.load.output_rate * run.load.seconds == pytest.approx(12 * 45)
-    assert run.rounds == 0
+    chosen = replace(TINY, workloads=(NEVER,), systems=(40,), question=8, budget=BUDGET)
+    (pool,) = replace(chosen, untouched=3).all_pools()
+    run = client.measure(server.server, pool.workloads[0], "arm", "pool")
+    assert run[RATE] * run["duration"] == pytest.approx(12 * 45)
+    assert run["rounds"] == 0
 
 
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
 def test_random_prompts_share_little(server: Running, client: Client) -> None:
-    workload = random_lengths(6, prompt=200, output=40)
-    run = measure(client, server.server, workload, "arm", "pool", shares=True)
-    assert run.load.cached < 400
-    assert run.read <= run.peak_slots
+    workload = Workload("random", 6, system=0, question=200, output=40)
+    run = client.measure(server.server, workload, "arm", "pool")
+    assert run["cached"] < 400
+    assert run["read"] <= run["peak_slots"]
 
 
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
 def test_no_more_at_once(server: Running, client: Client) -> None:
-    workload = shared_prefix("name", 1, 3, system=10, question=4, output=60).times(3)
-    run = measure(client, server.server, workload, "arm", "pool", shares=True)
-    assert run.load.output_rate * run.load.seconds == pytest.approx(9 * 60)
-    assert max(running for _, running, _ in run.over_time) == 3
+    workload = Workload("name", 3, system=10, question=4, output=60).times(3)
+    run = client.measure(server.server, workload, "arm", "pool")
+    assert run[RATE] * run["duration"] == pytest.approx(9 * 60)
+    assert max(running for _, running, _ in run["over_time"]) == 3
 
 
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
 def test_a_refused_request_is_an_error(server: Running, client: Client) -> None:
     too_long = reasoning(1, system=40_000, question=1, output=4)
     with pytest.raises(LoadFailed, match="1 requests got no token"):
-        measure(client, server.server, too_long, "arm", "pool", shares=False)
+        client.measure(server.server, too_long, "arm", "pool")
 
 
 def test_prompts_are_as_long_for_the_server_as_for_the_client(tmp_path: Path) -> None:
@@ -188,27 +171,28 @@ def test_a_step_takes_as_long_as_its_bytes() -> None:
 
 
 def test_pools_have_room_for_as_many_as_they_are_named_for() -> None:
-    pools = TINY.pools()
+    pools = TINY.all_pools()
     assert [pool.name for pool in pools] == ["4", "8", "16", "32", RICH]
     one = 2 + TINY.question + TINY.outputs[0]
     room = [(pool.slots or 0) - TINY.systems[0] for pool in pools]
     assert room == [count * one for count in (4, 8, 16, 32, TINY.sent[RICH])]
     assert [len(pool.workloads) for pool in pools] == [1, 1, 1, 1, 4]
     assert all(pool.workloads[0].requests == TINY.sent[pool.name] for pool in pools)
-    large = LARGE.pools()
+    large = LARGE.all_pools()
     assert [pool.name for pool in large] == [*LARGE.sent]
     assert [pool.slots for pool in large if pool.name == FULL] == [None]
-    assert len(replace(LARGE, systems=[1, 2], outputs=[3, 4]).pools()) == 4 * len(LARGE.sent)
+    assert len(replace(LARGE, systems=[1, 2], outputs=[3, 4]).all_pools()) == 4 * len(LARGE.sent)
 
 
 def test_arms_have_the_same_pool() -> None:
     """And differ in nothing but what they are named for."""
-    names = [PRODUCTION, clip(64), CONSTRAINED, POLICY, WAITING]
-    arms = make_arms(TINY, names, 1000, "file", ["--page-size", "4"])
+    names = [PRODUCTION, "clip 64", CONSTRAINED, POLICY, WAITING]
+    preset = replace(TINY, stats="file", server=[*TINY.server, "--page-size", "4"])
+    arms = [make_arm(name, 1000, preset) for name in names]
     common = arms[0].arguments
-    pairs = dict(zip(common[::2], common[1::2], strict=False))
+    pairs = dict(pairwise(common))
     assert (pairs["--max-total-tokens"], pairs["--max-running-requests"]) == ("1000", "64")
-    assert "--page-size" in common
+    assert {"--page-size", "--enable-metrics"} <= set(common)
     policy = ["--kv-policy", POLICY, "--kv-stats", "file", "--kv-budget", str(TINY.budget)]
     policy += ["--kv-interval", str(TINY.interval)]
     clipped = {**STOCK_ENVIRONMENT, CLIP_VARIABLE: "64"}
@@ -220,60 +204,63 @@ def test_arms_have_the_same_pool() -> None:
         Arm(POLICY, [*common, *policy]),
         Arm(WAITING, [*common, *policy], {WAIT: "1"}),
     ]
-    assert "--max-total-tokens" not in make_arms(LARGE, names, None, "auto", [])[0].arguments
-    assert make_arms(TINY, [POLICY, PRODUCTION], 1000, "file", ["--page-size", "4"]) == [
-        arms[3],
-        arms[0],
-    ]
+    assert "--max-total-tokens" not in make_arm(PRODUCTION, None, LARGE).arguments
 
 
-def with_rate(run: Run, rate: float) -> Run:
-    return replace(run, load=replace(run.load, output_rate=rate))
-
-
-def test_groups_are_medians_beside_production() -> None:
+def test_rows_are_medians_beside_production() -> None:
     """Also where memory decided, and the arms' pools differ a little."""
-    policy = replace(RUN, arm=POLICY, running=16.0, read=400.0, slots=99)
-    rates = [
-        (policy, 100.0),
-        (RUN, 40.0),
-        (RUN, 90.0),
-        (policy, 150.0),
-        (RUN, 50.0),
-        (policy, 110.0),
+    policy = RUN | {"arm": POLICY, "running": 16.0, "read": 400.0, "slots": 99, "rounds": 2}
+    runs = [
+        policy | {RATE: 100.0, "peak_slots": 95},
+        RUN | {RATE: 40.0},
+        RUN | {RATE: 90.0},
+        policy | {RATE: 150.0},
+        RUN | {RATE: 50.0},
+        policy | {RATE: 110.0},
     ]
-    lonely = replace(RUN, workload="random 1+1")
-    (found,) = group([*(with_rate(run, rate) for run, rate in rates), lonely], BANDWIDTH)
-    stock, ours = found.cells
-    assert (stock.arm, stock.ratio, stock.allowed) == (PRODUCTION, 1.0, 1.0)
-    assert (ours.arm, ours.ratio, ours.rate) == (POLICY, 110 / 50, 110.0)
-    assert ours.ratios == [100 / 40, 150 / 90, 110 / 50]
-    assert ours.limit == 16 * 1e6 / 5000
-    assert ours.allowed == pytest.approx((16 / 5000) / (4 / 3000))
-    assert found.best_stock is stock
+    lonely = RUN | {"workload": "random 1+1", "arm": POLICY}
+    ours, stock = compare([*runs, lonely], BANDWIDTH)
+    assert (stock["arm"], stock["ratio"], stock["allowed"]) == (PRODUCTION, 1.0, 1.0)
+    assert (stock["least"], stock["most"], stock["interval"]) == (1.0, 1.0, "")
+    assert (ours["arm"], ours["ratio"], ours[RATE]) == (POLICY, 110 / 50, 110.0)
+    assert (ours["least"], ours["most"]) == (150 / 90, 100 / 40)
+    assert (ours["peak_slots"], ours["rounds"], ours["rounds_in_all"]) == (95, 2, 6)
+    limit = 16 * 1e6 / 5000
+    assert ours["share"] == pytest.approx(110 / limit)
+    assert ours["allowed"] == pytest.approx((16 / 5000) / (4 / 3000))
+
+
+def test_an_interval_holds_the_mean_of_what_was_repeated() -> None:
+    """Its ends for two repeats: Student's t has a cumulative 0.975 at 12.706 with one degree."""
+    policy = RUN | {"arm": POLICY}
+    runs = [RUN, policy | {RATE: 50.0}, RUN, policy | {RATE: 50.0 * math.e**0.2}]
+    interval = compare(runs, BANDWIDTH)[1]["interval"]
+    low, high = (math.log(float(end)) for end in interval.split("-"))
+    assert (low, high) == pytest.approx((0.1 - 1.2706, 0.1 + 1.2706), abs=0.02)
 
 
 def made(
-    ratio: float, cached: int, pool: str, share: float = 0.7, name: str = RUN.workload
-) -> Group:
-    """A group whose production reaches this share of its limit."""
-    arms = {
-        PRODUCTION: (1.0, 30),
-        "clip 9": (1.5, 30),
-        "clip 8": (0.9, 30),
-        POLICY: (ratio, cached),
-    }
-    cells = []
-    for arm, (speed, hits) in arms.items():
-        load = replace(LOAD, cached=hits)
-        run = replace(RUN, arm=arm, load=load, pool=pool, workload=name)
-        cells.append(Cell([run], speed, [speed], LOAD.output_rate / share, 2.0))
-    return Group(cells)
+    ratio: float, cached: int, pool: str, share: float = 0.7, name: str = "reasoning 10+20"
+) -> list[Run]:
+    """Runs in which production reaches this share of its limit, and bytes allow a ratio of 2."""
+    arms = {PRODUCTION: 1.0, "clip 9": 1.5, "clip 8": 0.9, POLICY: ratio}
+    # The bandwidth's limit is 1e6 / 1000 for each request where no slots are read.
+    running = {POLICY: 0.1 / share}
+    runs = []
+    for arm, speed in arms.items():
+        run = RUN | {"arm": arm, "pool": pool, "workload": name, "read": 0.0, RATE: 50.0 * speed}
+        run |= {"running": running.get(arm, 0.05 / share), "cached": 30}
+        runs.append(run | ({"cached": cached} if arm == POLICY else {}))
+    return runs
+
+
+def rows_of(*loads: list[Run]) -> list[Row]:
+    return compare([run for load in loads for run in load], BANDWIDTH)
 
 
 def test_goals() -> None:
-    def verdicts(group: Group) -> list[bool | None]:
-        return [goal.met for goal in judge([group], least=1.2)]
+    def verdicts(runs: list[Run]) -> list[bool | None]:
+        return [goal.met for goal in judge(rows_of(runs), least=1.2)]
 
     assert verdicts(made(1.7, 30, "4")) == [True, True, True]
     assert verdicts(made(1.1, 29, "4")) == [False, False, False]
@@ -284,29 +271,28 @@ def test_goals() -> None:
     assert verdicts(made(0.5, 0, "4", name="random 1+1")) == []
     assert verdicts(made(0.99, 0, "4", name=f"{NEVER} 1+1")) == [True, True]
     assert verdicts(made(0.98, 0, RICH, name=f"{NEVER} 1+1")) == [True, False]
-    assert [goal.failed for goal in judge([made(1.1, 29, "4")], 1.2)] == [False, False, True]
+    goals = judge(rows_of(made(1.1, 29, "4")), 1.2)
+    assert [goal.failed for goal in goals] == [False, False, True]
 
 
 def test_a_round_where_none_is_due_is_an_error() -> None:
-    """Whatever the speed."""
+    """Whatever the speed, and in whichever repeat."""
     never = made(1.5, 0, "4", name=f"{NEVER} 1+1")
-    runs = [replace(run, rounds=1) for run in never.policy.runs]
-    never.cells[-1] = replace(never.policy, runs=runs)
-    goals = judge([never], least=1.2)
+    goals = judge(rows_of(never, never, [*never[:-1], never[-1] | {"rounds": 1}]), least=1.2)
     assert [(goal.met, goal.failed) for goal in goals] == [(False, True), (None, False)]
 
 
 def test_table_and_picture() -> None:
-    shown = made(3.0, 30, "4")
-    text = group_table(shown)
-    assert "50 (50-50)" in text
-    assert "3.00-3.00" in text
-    assert "70.0%" in text
-    assert "attention: torch_native" in text
-    assert "0.10/0.20/0.30 s" in text
-    assert "10/20/30 ms" in text
-    assert "to the best stock arm (clip 9): 2.00 x" in text
-    figure = draw([shown, shown])
+    runs = made(3.0, 30, "4")
+    head, stock, *_, policy = show(rows_of(runs)).splitlines()
+    for text in ("reasoning 10+20", "50 (50-50)", "torch_native", "100/200/300", "10/20/30"):
+        assert text in stock
+    assert "70.0%" not in policy
+    assert "70.0%" in stock
+    # To production: 3, as it was in each repeat; to "clip 9": 2, which bytes allow, too.
+    assert head.index("of repeats") < head.index("to best") < head.index("bytes allow")
+    assert re.search(r"150 \(150-150\) +3\.00 +3\.00-3\.00 +2\.00 +2\.00 ", policy)
+    figure = draw([*runs, *(run | {"pool": "8"} for run in runs)])
     assert [len(axes.get_lines()) for axes in figure.axes] == [4, 4, 4, 4]
     assert [list(line.get_ydata()) for line in figure.axes[1].get_lines()] == [[50.0, 40.0]] * 4
     assert list(figure.axes[0].get_lines()[0].get_xdata()) == [0.0, 1.0]
@@ -314,13 +300,14 @@ def test_table_and_picture() -> None:
 
 def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: every arm alone, the other way round the second time; memory gives the pool."""
-    room, events, shared = 500, [], set()
+    room, events = 500, []
 
-    def measured(_: Any, __: Any, workload: Workload, arm: str, pool: str, shares: bool) -> Run:
-        shared.update([arm] if shares else [])
-        return replace(RUN, arm=arm, pool=pool, workload=workload.name)
+    def measured(_: Client, __: Any, workload: Workload, arm: str, pool: str) -> Run:
+        return RUN | {"arm": arm, "pool": pool, "workload": workload.name}
 
     class FakeServer:
+        log = tmp_path / "log"
+
         def internal_state(self) -> dict[str, Any]:
             return {"memory_usage": {"token_capacity": room}}
 
@@ -335,55 +322,54 @@ def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         yield {arm.name: FakeServer()}
 
     monkeypatch.setattr(sweep, "running", start)
-    monkeypatch.setattr(sweep, "measure", measured)
-    names = [POLICY, clip(7), CONSTRAINED, PRODUCTION]
-    preset = replace(LARGE, arms=names, sent={FULL: 3, "4": 2})
-    arguments = argparse.Namespace(repeats=2, stats="auto", server_arguments=[])
-    fake: Any = None
-    full, four = preset.pools()
-    benched = Sweep(preset, arguments, tmp_path, fake, tmp_path, len, list)
-    runs = list(benched.measure(full))
+    monkeypatch.setattr(Client, "measure", measured)
+    preset = replace(LARGE, clips=(7,), sent={FULL: 3, "4": 2}, others_in=())
+    full, four = preset.all_pools()
+    names = full.arms
+    assert names == [PRODUCTION, "clip 7", CONSTRAINED, POLICY]
+    client = Client(tmp_path, tmp_path, tmp_path)
+    benched = Sweep(preset, client, tmp_path / "runs", Clock())
+    benched.measure(full)
     assert events == [(PRODUCTION, []), *((name, ["500"]) for name in [*names, *names[::-1]])]
-    assert [(run.arm, run.pool) for run in runs] == [(a, FULL) for a in [*names, *names[::-1]]]
-    assert shared == {PRODUCTION, clip(7), POLICY}
-    with pytest.raises(DoesNotFit, match=f"room for 500 slots, not for {four.slots}"):
-        list(benched.measure(four))
+    found = [(run["arm"], run["pool"]) for run in benched.runs]
+    assert found == [(name, FULL) for name in [*names, *names[::-1]]]
+    kept = (tmp_path / "runs").read_text().splitlines()
+    assert [json.loads(line)["arm"] for line in kept] == [*names, *names[::-1]]
+    with pytest.raises(LoadFailed, match=f"room for 500 slots, not for {four.slots}"):
+        benched.measure(four)
+
+
+def pairs_of(workload: Workload) -> dict[str, str]:
+    return dict(pairwise(workload.arguments))
 
 
 def test_a_workload_in_the_words_of_the_client() -> None:
-    workload = shared_prefix("name", 2, 3, system=10, question=4, output=5)
-    assert workload.requests == 6
+    workload = Workload("name", 6, system=10, question=4, output=5, groups=2)
     assert workload.pool_for(7) == 2 * 10 + 7 * (2 + 4 + 5)
-    pairs = dict(zip(workload.arguments[::2], workload.arguments[1::2], strict=True))
+    pairs = pairs_of(workload)
     assert pairs["--gsp-num-groups"] == "2"
     assert pairs["--gsp-prompts-per-group"] == "3"
-    assert workload.output == 6 * 5
+    assert pairs["--gsp-output-len"] == "5"
+    assert "--max-concurrency" not in pairs
 
 
 def test_more_requests_are_sent_one_after_another() -> None:
-    workload = shared_prefix("name", 2, 3, system=10, question=4, output=5)
+    workload = Workload("name", 6, system=10, question=4, output=5, groups=2)
     assert workload.times(1) == workload
     longer = workload.times(4)
-    pairs = dict(zip(longer.arguments[::2], longer.arguments[1::2], strict=True))
+    pairs = pairs_of(longer)
     assert pairs["--gsp-prompts-per-group"] == "12"
     assert pairs["--max-concurrency"] == "6"
-    assert (longer.requests, longer.output) == (24, 24 * 5)
+    assert longer.requests == 24
     assert longer.pool_for(7) == workload.pool_for(7)
-    assert longer.times(2).sizes["max-concurrency"] == 6
+    assert pairs_of(longer.times(2))["--max-concurrency"] == "6"
     assert longer.times(2).requests == 48
-    assert random_lengths(9, 100, 1).times(2).sizes["num-prompts"] == 18
+    twice = Workload("random", 9, system=0, question=100, output=1).times(2)
+    assert pairs_of(twice)["--num-prompts"] == "18"
 
 
 def test_some_workloads_only() -> None:
-    chosen = replace(TINY, kinds=("shared", "random"), times=3)
-    (pool,) = chosen.pools()
-    assert (pool.name, pool.slots) == (RICH, TINY.pools()[-1].slots)
+    chosen = replace(TINY, workloads=("shared", "random"), times=3)
+    (pool,) = chosen.all_pools()
+    assert (pool.name, pool.slots) == (RICH, TINY.all_pools()[-1].slots)
     assert [w.requests for w in pool.workloads] == [3 * w.requests for w in TINY.others]
-
-
-def test_what_requests_share_is_read_again_for_each() -> None:
-    assert reasoning(9, 100, 1, 1).read_twice(5) == 400
-    assert random_lengths(9, 100, 1).read_twice(5) == 0
-    halves = shared_prefix("name", 2, 9, system=100, question=1, output=1)
-    assert halves.read_twice(1) == 0
-    assert halves.read_twice(2) == pytest.approx(50)  # They are of one group half of the time.

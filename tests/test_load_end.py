@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import os
 import signal
@@ -11,10 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +18,22 @@ import pytest
 
 from bench.arms import Arm, running
 from bench.cutoff import CLOSING_S, Clock, Interrupted, TimeUp, cut_off
-from bench.load import report, sweep
-from bench.load.absent import stand_in
-from bench.load.arms import POLICY, PRODUCTION
-from bench.load.plan import all_measured, left_out
-from bench.load.presets import PRESETS
-from bench.load.run import Run
-from bench.load.sweep import Sweep
-from bench.load.workloads import Workload
+from bench.load import sweep
+from bench.load.client import Client, LoadFailed, Run
+from bench.load.workloads import POLICY, PRODUCTION, Workload
 from bench.server import Server
 from bench.serving import main
 from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
-from tests.test_load import RUN
+from tests.test_load import BANDWIDTH, RUN
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = 120
-EVICTED = f"reasoning 128+{OUTPUT}"
+EVICTED, UNTOUCHED = f"reasoning 128+{OUTPUT}", "never evicted 128+30"
 SIZES = [
     *("--arms", PRODUCTION, POLICY, "--pools", "4", "--others-in", "4", "--outputs", str(OUTPUT)),
     *("--workloads", "reasoning", "never"),
 ]
-TINY = replace(
-    PRESETS["tiny"], arms=[PRODUCTION, POLICY], sent={"4": 20}, others=[], others_in=["4"]
-)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -131,69 +119,81 @@ def test_a_signal_while_a_server_starts_leaves_it_not_behind(
     assert ended == ["a"]
 
 
-def test_what_was_left_out() -> None:
-    policy = replace(RUN, arm=POLICY)
-    key = RUN.pool, RUN.workload
-    planned = Counter({(*key, PRODUCTION): 2, (*key, POLICY): 2})
-    assert left_out(planned, [RUN, policy, RUN, policy]) == []
-    assert left_out(planned, [RUN, policy, RUN]) == [
-        "reasoning 10+20, pool 4, triattention: 1 of 2 runs"
-    ]
-    assert all_measured(planned, [RUN, policy])
-    assert not all_measured(planned, [RUN, RUN])
+class FakeServer:
+    def internal_state(self) -> dict[str, Any]:
+        return {"memory_usage": {"token_capacity": 10**6}}
+
+    def generate(self, **_: Any) -> None:
+        pass
 
 
+@contextmanager
+def start_none(arms: list[Arm], *_: Any) -> Iterator[dict[str, FakeServer]]:
+    yield {arm.name: FakeServer() for arm in arms}
+
+
+def measured(_: Client, __: Any, workload: Workload, arm: str, pool: str) -> Run:
+    """Reasoning takes a minute."""
+    wall = 60.0 if workload.name == EVICTED else 5.0
+    return RUN | {"arm": arm, "pool": pool, "workload": workload.name, "wall": wall}
+
+
+@pytest.fixture
+def no_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "running", start_none)
+    monkeypatch.setattr(Client, "measure", measured)
+    monkeypatch.setattr("bench.serving.traffic_of", lambda model: BANDWIDTH)
+
+
+@pytest.mark.parametrize(
+    ("left", "skipped"), [(130, []), (110, [EVICTED]), (9, [EVICTED, UNTOUCHED])]
+)
 def test_a_repeat_that_does_not_fit_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left: int,
+    skipped: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_servers: None,
 ) -> None:
-    """Of all arms alike; a shorter one still runs."""
-
-    class FakeServer:
-        def internal_state(self) -> dict[str, Any]:
-            return {"memory_usage": {"token_capacity": 10**6}}
-
-        def generate(self, **_: Any) -> None:
-            pass
-
-    @contextmanager
-    def start(arms: list[Arm], *_: Any) -> Iterator[dict[str, FakeServer]]:
-        yield {arm.name: FakeServer() for arm in arms}
-
-    def measured(_: Any, __: Any, workload: Workload, arm: str, pool: str, ___: bool) -> Run:
-        wall = 60.0 if workload.name.startswith("reasoning") else 5.0
-        return replace(RUN, arm=arm, pool=pool, workload=workload.name, wall=wall)
-
-    monkeypatch.setattr(sweep, "running", start)
-    monkeypatch.setattr(sweep, "measure", measured)
-    fake: Any = None
-    arguments = argparse.Namespace(repeats=2, stats="auto", server_arguments=[])
-    (pool,) = TINY.pools()
-    evicted, never = (workload.name for workload in pool.workloads)
-    for left, skipped in ((130, []), (110, [evicted]), (9, [evicted, never])):
-        clock = Clock(CLOSING_S + left)
-        benched = Sweep(TINY, arguments, tmp_path, fake, tmp_path, len, list, clock)
-        runs = list(benched.measure(pool))
-        missing = left_out(benched.planned(pool), runs)
-        assert missing == [
-            f"{name}, pool 4, {arm}: 1 of 2 runs" for name in skipped for arm in TINY.arms
-        ]
-        assert all_measured(benched.planned(pool), runs)
+    """Of all arms alike; a shorter one still runs. What has run once does not fail the bench."""
+    monkeypatch.setattr(Clock, "left", left)
+    output = tmp_path / "serving.json"
+    assert main([*SIZES, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["left_out"] == [
+        f"left out: {name}, pool 4, {arm}: 1 of 2 runs"
+        for name in skipped
+        for arm in (PRODUCTION, POLICY)
+    ]
 
 
-def test_a_package_that_is_not_there() -> None:
-    with stand_in("no_such_package", "name"):
-        found = importlib.import_module("no_such_package")
-        assert found.name is None
-    assert "no_such_package" not in sys.modules
-    with stand_in("json", "name"):
-        assert importlib.import_module("json") is json
+def test_what_has_no_run_at_all_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_servers: None
+) -> None:
+    """And a pool that fails does not cost what another one shows."""
+
+    def fails_in_pool_4(*arguments: Any) -> Run:
+        if arguments[-1] == "4":
+            raise LoadFailed("too much")
+        return measured(*arguments)
+
+    monkeypatch.setattr(Client, "measure", fails_in_pool_4)
+    output = tmp_path / "serving.json"
+    assert main([*SIZES, "--pools", "4", "8", "--output", str(output)]) == 1
+    found = json.loads(output.read_text())
+    assert found["failures"] == ["pool 4: too much"]
+    assert {row["pool"] for row in found["rows"]} == {"8"}
+    assert found["left_out"][0] == f"left out: {EVICTED}, pool 4, production: 2 of 2 runs"
 
 
-def test_no_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: Any = [object()]
-    monkeypatch.setattr(report.pictures, "available", lambda: False)
-    assert "matplotlib" in report._draw(found, tmp_path / "serving.json")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("there", [True, False])
+def test_no_picture_without_matplotlib(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_servers: None
+) -> None:
+    monkeypatch.setattr("bench.pictures.available", lambda: there)
+    assert main([*SIZES, "--output", str(tmp_path / "serving.json")]) == 0
+    written = {"serving.json", "serving.jsonl", *(["serving.png"] if there else [])}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
 def commands_with(word: str) -> list[str]:
@@ -231,8 +231,8 @@ def test_a_signal_while_servers_start(tmp_path: Path) -> None:
     assert len(servers) == 2
     assert commands_with(str(tmp_path)) == []
     found = json.loads(output.read_text())
-    assert (found["failures"], found["groups"]) == (["ended by SIGTERM"], [])
-    assert f"{EVICTED}, pool 4, production: 2 of 2 runs" in found["left_out"]
+    assert (found["failures"], found["rows"]) == (["ended by SIGTERM"], [])
+    assert f"left out: {EVICTED}, pool 4, production: 2 of 2 runs" in found["left_out"]
 
 
 @pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
@@ -256,9 +256,11 @@ def test_a_bench_whose_time_is_up(
     assert main([*sizes, "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert (found["failures"], len(found["left_out"])) == ([], 4)
-    evicted, never = found["groups"]
-    for group, rounds in ((evicted, 20 * ((OUTPUT - BUDGET) // INTERVAL - 1)), (never, 0)):
-        (stock,), (policy,) = (cell["runs"] for cell in group["cells"])
+    for name, rounds in (
+        (EVICTED, 20 * ((OUTPUT - BUDGET) // INTERVAL - 1)),
+        ("never evicted 128+45", 0),
+    ):
+        stock, policy = (run for run in found["runs"] if run["workload"] == name)
         assert [stock["arm"], policy["arm"]] == [PRODUCTION, POLICY]
         assert (policy["rounds"] >= rounds) if rounds else (policy["rounds"] == 0)
         assert stock["attention"] == policy["attention"] == "torch_native"

@@ -1,183 +1,138 @@
-"""SGLang's own load generator, in a process that outlives a run: importing it takes seconds."""
+"""One workload on one server, once: SGLang's own client sends it, metrics show how it is served."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from io import TextIOBase
-from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from statistics import fmean
+from typing import Any
 
-import numpy as np
-
-from bench.cutoff import CutOff
-from bench.load.absent import stand_in
+from bench.cutoff import held_back
 from bench.load.workloads import Workload
+from bench.metrics import Watch
+from bench.server import Server
 
-PERCENTILES = (50, 95, 99)
-MODULE = "sglang.benchmark.serving"
-_BEGINS, _PAUSE_S = "Starting main benchmark run", 1.0  # It sleeps between its warm-up and the run.
+RATE = "output_throughput"
+PERCENTILES = ("median", "p95", "p99")
+FIGURES = (
+    *("duration", RATE, "request_throughput"),
+    *(f"{each}_{what}_ms" for what in ("ttft", "itl") for each in PERCENTILES),
+)
+"""What is kept of the client's results, by its names: seconds, output tokens and requests per
+second, milliseconds to the first token and from one token to the next."""
+POINTS = 300  # Kept of what is seen over time.
+_WARM, _PAUSE_S = "Warmup completed", 1.0
 
-
-@dataclass(frozen=True)
-class Load:
-    """What the client saw.
-
-    Attributes:
-        began: Unix time of the first request.
-        seconds: from then to the last token.
-        output_rate: output tokens per second.
-        request_rate: requests per second.
-        first_token: seconds to the first token, p50, p95 and p99.
-        between_tokens: seconds between tokens, p50, p95 and p99. The client spreads the time
-            between two chunks evenly over the tokens that come with one.
-        cached: prompt tokens that were not computed.
-    """
-
-    began: float
-    seconds: float
-    output_rate: float
-    request_rate: float
-    first_token: tuple[float, ...]
-    between_tokens: tuple[float, ...]
-    cached: int
+Run = dict[str, Any]
+"""What was measured: `FIGURES`, and what `Client.measure` adds."""
 
 
 class LoadFailed(RuntimeError):
-    """Requests failed, or the client did; the message ends with the path of its log."""
+    """Requests failed, or could not be sent; the message says which log to read."""
 
 
+@dataclass(frozen=True)
 class Client:
-    """The client; a context manager.
+    """SGLang's client, a process for each run.
 
-    Args:
-        folder: for its log, its results and its home: SGLang's client keeps prompts there.
+    Attributes:
+        folder: for its log, its results and its home: it keeps prompts there.
         model: folder of the model that is served; prompts of ids are drawn from its vocabulary.
         tokenizer: folder of the tokenizer that prompts of text are drawn with.
     """
 
-    def __init__(self, folder: Path, model: Path, tokenizer: Path) -> None:
-        self._folder, self._model, self._tokenizer = folder, model, tokenizer
-        context = get_context("spawn")
-        self._process = ProcessPoolExecutor(1, context, initializer=_live_in, initargs=(folder,))
-        self._pid = self._process.submit(os.getpid)
-        # While servers start, not in the first run.
-        self._process.submit(_prepare)
+    folder: Path
+    model: Path
+    tokenizer: Path
 
-    def __enter__(self) -> Client:
-        return self
+    def measure(self, server: Server, workload: Workload, arm: str, pool: str) -> Run:
+        """Empty the cache, send the workload.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind:
-            self._kill()
-        self._process.shutdown(cancel_futures=True)
-
-    def _kill(self) -> None:
-        with suppress(ProcessLookupError, BrokenProcessPool):
-            os.kill(self._pid.result(), signal.SIGTERM)
-
-    def run(self, url: str, workload: Workload) -> Load:
-        """Send the workload.
+        The client warms up with the first prompt, which stays in a radix cache: its system prompt
+        is known from the beginning. Looks are those of `bench.metrics.Watch`, ten a second, that
+        find requests decoding; what they show is up to 10 decode steps old.
 
         Raises:
-            LoadFailed: not all requests were answered, or the client gave up.
-            CutOff: this run is over, and so is the client.
+            LoadFailed: something is missing that the result would be wrong without.
         """
-        log, output = self._folder / "client.log", self._folder / "client.jsonl"
-        tokenizer = self._tokenizer if workload.as_text else self._model
-        arguments = [*workload.arguments, "--backend", "sglang", "--base-url", url]
-        arguments += ["--tokenizer", str(tokenizer), "--output-file", str(output)]
-        arguments += ["--cache-report", "--output-details", "--disable-tqdm"]
-        try:
-            return self._process.submit(_run, arguments, output, log, workload).result()
-        except (SystemExit, ValueError) as error:
-            raise LoadFailed(f"{workload.name}: SGLang's client gave up: {error}; {log}") from error
-        except CutOff:
-            self._kill()  # Or servers would answer everything before they end.
-            raise
+        clock = time.monotonic()
+        if not server.flush_cache():
+            raise LoadFailed(f"{arm}: the cache could not be emptied; {server.log}")
+        before = server.internal_state()
+        with Watch(server.url) as watch:
+            began, found = self._send(server.url, workload)
+        after, end = server.internal_state(), began + found["duration"]
+        looks = [look for look in watch.decoding if began <= look.time <= end]
+        if not looks:
+            raise LoadFailed(f"{arm}: over too soon to be seen decoding; {server.log}")
+        thinned = looks[:: -(-len(looks) // POINTS)]
+        return {
+            **{"arm": arm, "pool": pool, "workload": workload.name},
+            **{name: found[name] for name in FIGURES},
+            "slots": slots_of(after),  # Of the pool.
+            "attention": after["decode_attention_backend"] or after["attention_backend"],
+            "cached": sum(found["cached_tokens"]),  # Prompt tokens that were not computed.
+            "retracted": watch.retracted,
+            "rounds": _rounds(after) - _rounds(before),
+            # Requests in the batch, and KV slots that a step reads, those that requests share once
+            # for each of them: means of the looks.
+            "running": fmean(look.running for look in looks),
+            "read": fmean(look.read for look in looks),
+            "peak_slots": max(look.slots for look in looks),  # In use.
+            # Seconds since the load began, running requests, tokens/s.
+            "over_time": [(look.time - began, look.running, look.throughput) for look in thinned],
+            "wall": time.monotonic() - clock,  # Seconds, the client's start included.
+        }
+
+    def _send(self, url: str, workload: Workload) -> tuple[float, dict[str, Any]]:
+        """The Unix time at which the load began, and the client's results.
+
+        The client says that it has warmed up, sleeps for a second, and begins.
+        """
+        log, output, began = self.folder / "client.log", self.folder / "client.jsonl", 0.0
+        output.unlink(missing_ok=True)
+        tokenizer = self.tokenizer if workload.system else self.model
+        command = [sys.executable, "-u", "-m", "sglang.benchmark.serving", *workload.arguments]
+        command += ["--backend", "sglang", "--base-url", url, "--tokenizer", str(tokenizer)]
+        command += ["--cache-report", "--output-details", "--output-file", str(output)]
+        command += ["--disable-tqdm"]
+        home = {**os.environ, "HOME": str(self.folder)}
+        with log.open("a") as file, ExitStack() as stack:
+            with held_back():  # Servers would answer a client that is left behind before they end.
+                process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=file, text=True, env=home
+                )
+                stack.enter_context(process)
+                stack.callback(process.kill)
+            for line in process.stdout or ():
+                file.write(line)
+                if line.startswith(_WARM):
+                    began = time.time() + _PAUSE_S
+            if process.wait() or not began:
+                raise LoadFailed(f"{workload.name}: SGLang's client gave up; {log}")
+        found: dict[str, Any] = json.loads(output.read_text())
+        # A refusal that comes as a stream of one error counts as an answer there.
+        silent = sum(not first_token for first_token in found["ttfts"])
+        written, due = found["total_output_tokens"], workload.requests * workload.output
+        if silent or found["completed"] != workload.requests:
+            errors = sorted({error for error in found["errors"] if error})
+            raise LoadFailed(f"{workload.name}: {silent} requests got no token; {errors}; {log}")
+        if workload.system and written != due:
+            raise LoadFailed(f"{workload.name}: {written} output tokens, not {due}; {log}")
+        return began, found
 
 
-def _live_in(folder: Path) -> None:
-    os.environ["HOME"] = str(folder)
+def slots_of(state: dict[str, Any]) -> int:
+    """Size of a server's pool, from its internal state."""
+    slots: int = state["memory_usage"]["token_capacity"]
+    return slots
 
 
-def _prepare() -> None:
-    _client()
-
-
-def _client() -> Callable[[], object]:
-    # It wants Hugging Face's datasets (with pandas and pyarrow) for a workload with images.
-    with stand_in("datasets", "load_dataset"):
-        from sglang.benchmark.serving import cli_main
-
-    return cli_main
-
-
-def _run(arguments: list[str], output: Path, log: Path, workload: Workload) -> Load:
-    """In the client's process."""
-    cli_main = _client()
-    sys.argv = [MODULE, *arguments]
-    with log.open("a") as file:
-        print("python -m", *sys.argv, file=file)
-        watched = _Watched(file)
-        with redirect_stdout(watched), redirect_stderr(file):
-            cli_main()
-    result: dict[str, Any] = json.loads(output.read_text())
-    output.unlink()
-    _check(result, workload, log)
-    if watched.began is None:
-        raise LoadFailed(f"SGLang's client did not say when it began; {log}")
-    return Load(
-        began=watched.began,
-        seconds=result["duration"],
-        output_rate=result["output_throughput"],
-        request_rate=result["request_throughput"],
-        first_token=_percentiles(result["ttfts"]),
-        between_tokens=_percentiles([gap for gaps in result["itls"] for gap in gaps]),
-        cached=sum(result["cached_tokens"]),
-    )
-
-
-def _check(result: dict[str, Any], workload: Workload, log: Path) -> None:
-    if result["completed"] != workload.requests:
-        errors = sorted({error for error in result["errors"] if error})
-        raise LoadFailed(f"{workload.name}: {errors or 'unanswered requests'}; {log}")
-    # A refusal that comes as a stream of one error counts as an answer there.
-    silent = sum(not first_token for first_token in result["ttfts"])
-    if silent:
-        raise LoadFailed(f"{workload.name}: {silent} requests got no token; {log}")
-    written = result["total_output_tokens"]
-    if workload.output not in (None, written):
-        raise LoadFailed(f"{workload.name}: {written} output tokens, not {workload.output}; {log}")
-
-
-def _percentiles(values: list[float]) -> tuple[float, ...]:
-    return tuple(float(value) for value in np.percentile(values, PERCENTILES))
-
-
-class _Watched(TextIOBase):
-    """Passes text on, and notes when the run begins."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self.began: float | None = None
-
-    def write(self, text: str) -> int:
-        if _BEGINS in text:
-            self.began = time.time() + _PAUSE_S
-        return self._file.write(text)
+def _rounds(state: dict[str, Any]) -> int:
+    return int(state["kv_policy"]["rounds"]) if "kv_policy" in state else 0

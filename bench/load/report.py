@@ -1,108 +1,215 @@
-"""Tables, JSON and the picture of the benchmark."""
+"""What the runs show: their medians beside production SGLang's, goals, a table, a picture."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from scipy.stats import ttest_1samp
+from torch.utils.benchmark import Timer
 
-from bench import pictures
 from bench.goal import Goal
-from bench.load.cells import Cell, Group
-from bench.load.picture import draw
-from bench.load.traffic import Traffic
-from bench.machine import machine, versions
+from bench.load.client import RATE, Run
+from bench.load.workloads import CLIPPED, NEVER, POLICY, PRODUCTION, REASONING, RICH
 from bench.table import spread, table
 
-_HEADER = [
-    *("arm", "tokens/s", "ratio", "of repeats", "bytes allow", "of limit", "requests/s"),
-    *("first token p50/95/99", "between tokens p50/95/99", "running", "peak slots"),
-    *("cached", "retracted", "rounds"),
-]
-_NOTE = (
-    "ratio: to production; of repeats: the lowest and the highest of one repeat; bytes allow: that "
-    "ratio if steps only waited for weights and KV; of limit: tokens/s to what this machine's copy "
-    "bandwidth allows; between tokens: SGLang's client spreads the time between two chunks over "
-    "their tokens."
-)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RICH_RATIO, NEVER_RATIO, OF_ALLOWED = 0.98, 0.99, 0.8
+BOUND = 0.5  # Share of its limit from which on a server counts as bound by bytes.
+STEP = ("running", "read")
+AS_MANY = 0.99  # Whose questions begin alike by chance depends on who came first.
+NOTE = """
+ratio: to production; of repeats: the lowest and the highest of one repeat; 95%: interval of their
+geometric mean, by Student's t; to best: ratio to the best of production and its estimates; bytes
+allow: what the ratio would be if a step took as long as reading the weights and the KV slots of its
+batch, at the batch sizes that were measured; of limit: tokens/s to what this machine's copy
+bandwidth allows; between tokens: the client spreads the time between two chunks over their tokens.
+"""
+_COLUMNS = {
+    **{"workload": "{workload}", "pool": "{pool}", "slots": "{slots:.0f}", "arm": "{arm}"},
+    **{"tokens/s": "{rates}", "ratio": "{ratio:.2f}", "of repeats": "{least:.2f}-{most:.2f}"},
+    **{"95%": "{interval}", "to best": "{to_best:.2f}", "bytes allow": "{allowed:.2f}"},
+    **{"of limit": "{share:.1%}", "requests/s": "{request_throughput:.2f}"},
+    "first token p50/95/99, ms": "{median_ttft_ms:.0f}/{p95_ttft_ms:.0f}/{p99_ttft_ms:.0f}",
+    "between tokens p50/95/99, ms": "{median_itl_ms:.0f}/{p95_itl_ms:.0f}/{p99_itl_ms:.0f}",
+    **{"running": "{running:.1f}", "peak slots": "{peak_slots:.0f}", "cached": "{cached:.0f}"},
+    **{"retracted": "{retracted:.0f}", "rounds": "{rounds:.0f}", "attention": "{attention}"},
+}
+
+Row = dict[str, Any]
+"""An arm with one workload in one pool: medians of its runs' figures, and what `compare` adds."""
 
 
 @dataclass(frozen=True)
-class Results:
-    """All that a bench has found.
+class Traffic:
+    """What one decoding step has to read. (What rounds read and move is not counted.)
 
     Attributes:
-        command: how it was called.
-        settings: of the bench, for the JSON.
-        left_out: runs that there were not.
-        failures: what went wrong.
-        seconds: that it took.
+        weights: bytes of the weights, read once a step.
+        slot: bytes of keys and values in one KV slot, of all layers.
+        bandwidth: bytes per second that this machine copies, reads and writes counted.
     """
 
-    command: str
-    settings: dict[str, Any]
-    traffic: Traffic
-    groups: list[Group]
-    goals: list[Goal]
-    left_out: list[str]
-    failures: list[str]
-    seconds: float
+    weights: int
+    slot: int
+    bandwidth: float
+
+    def tokens_per_second(self, running: float, slots: float) -> float:
+        """Of a batch of `running` requests that reads `slots` KV slots in each step."""
+        return running * self.bandwidth / (self.weights + slots * self.slot)
 
 
-def report(results: Results, output: Path) -> None:
-    """Print tables and goals; write the JSON, and with matplotlib the picture beside it."""
-    for group in results.groups:
-        print(group_table(group), end="\n\n")
-    print(_NOTE, *results.goals, sep="\n")
-    print(*(f"left out: {text}" for text in results.left_out), *results.failures, sep="\n")
-    result = {"machine": machine(), "versions": versions(), **asdict(results)}
-    output.write_text(json.dumps(result, default=str))
-    print(f"{results.seconds:.0f} s; written: {output}{_draw(results.groups, output)}")
+def traffic_of(model: Path) -> Traffic:
+    """For the model in this folder, of which only `config.json` is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # Takes seconds.
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    if not config.tie_word_embeddings:
+        parameters -= network.get_input_embeddings().weight.numel()  # A step reads a few rows.
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    item = config.dtype.itemsize
+    # In a process of its own: memory that torch keeps on a GPU would be missing in the servers.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return Traffic(parameters * item, slot * item, process.submit(_copy_bandwidth).result())
 
 
-def _draw(groups: list[Group], output: Path) -> str:
-    """What is to be said about the picture."""
-    if not groups:
-        return ""
-    if not pictures.available():
-        return "; no picture: matplotlib cannot be imported"
-    picture = output.with_suffix(".png")
-    draw(groups).savefig(picture, dpi=110)
-    return f", {picture}"
+def _copy_bandwidth() -> float:
+    """Bytes per second, the best of a few copies."""
+    device, size = ("cuda", 2**30) if torch.cuda.is_available() else ("cpu", 2**27)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    names = {"source": source, "target": torch.empty_like(source)}
+    timer = Timer("target.copy_(source)", globals=names, num_threads=torch.get_num_threads())
+    return 2 * size / min(timer.timeit(1).mean for _ in range(5))
 
 
-def group_table(group: Group) -> str:
-    """One row for each arm of one workload in one pool."""
-    run, best = group.production.first, group.best_stock
-    attention = ", ".join(sorted({run.attention for cell in group.cells for run in cell.runs}))
-    title = f"{run.workload}, pool {run.pool} ({run.slots} slots), attention: {attention}"
-    factor = group.policy.ratio / best.ratio
-    last = f"{group.policy.arm} to the best stock arm ({best.arm}): {factor:.2f} x"
-    return "\n".join([title, table([_HEADER, *map(_row, group.cells)]), last])
+def compare(runs: Iterable[Run], traffic: Traffic) -> list[Row]:
+    """A row for each arm of a workload in a pool where production SGLang has run, too.
 
-
-def _row(cell: Cell) -> list[str]:
+    They add `ratio` of output tokens/s, `least` and `most` of repeats, whose arms ran one after
+    another, `interval`, `to_best`, `share` of what bytes allow, and `allowed`, the ratio that they
+    allow; `peak_slots` and `rounds_in_all` are of all repeats.
+    """
+    arms: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        arms.setdefault((run["workload"], run["pool"], run["arm"]), []).append(run)
+    stock = {key: each for key, each in arms.items() if key[2].startswith((PRODUCTION, CLIPPED))}
+    best: dict[tuple[str, ...], float] = {}
+    for key, each in stock.items():
+        best[key[:2]] = max(_rate(each), best.get(key[:2], 0.0))
     return [
-        cell.arm,
-        spread([run.load.output_rate for run in cell.runs]),
-        f"{cell.ratio:.2f}",
-        f"{min(cell.ratios):.2f}-{max(cell.ratios):.2f}",
-        f"{cell.allowed:.2f}",
-        f"{cell.share:.1%}",
-        f"{cell.median(lambda run: run.load.request_rate):.2f}",
-        _times([run.load.first_token for run in cell.runs], 1, 2) + " s",
-        _times([run.load.between_tokens for run in cell.runs], 1e3, 0) + " ms",
-        f"{cell.median(lambda run: run.running):.1f}",
-        str(max(run.peak_slots for run in cell.runs)),
-        f"{cell.median(lambda run: run.load.cached):.0f}",
-        f"{cell.median(lambda run: run.retracted):.0f}",
-        f"{cell.median(lambda run: run.rounds):.0f}",
+        _row(each, stock[*key[:2], PRODUCTION], traffic) | {"to_best": _rate(each) / best[key[:2]]}
+        for key, each in arms.items()
+        if (*key[:2], PRODUCTION) in arms
     ]
 
 
-def _times(percentiles: list[tuple[float, ...]], unit: float, digits: int) -> str:
-    """The medians of each percentile."""
-    return "/".join(f"{unit * value:.{digits}f}" for value in np.median(percentiles, axis=0))
+def _rate(runs: list[Run]) -> float:
+    return median(run[RATE] for run in runs)
+
+
+def _row(runs: list[Run], stock: list[Run], traffic: Traffic) -> Row:
+    numbers = [name for name, value in runs[0].items() if isinstance(value, int | float)]
+    row = runs[0] | {name: median(run[name] for run in runs) for name in numbers}
+    limit, most = (
+        traffic.tokens_per_second(*(median(run[name] for run in each) for name in STEP))
+        for each in (runs, stock)
+    )
+    # The last repeat may not have come to its end.
+    ratios = [run[RATE] / other[RATE] for run, other in zip(runs, stock, strict=False)]
+    return row | {
+        "rates": spread([run[RATE] for run in runs]),
+        "ratio": row[RATE] / _rate(stock),
+        "least": min(ratios),
+        "most": max(ratios),
+        "interval": _interval(ratios),
+        "share": row[RATE] / limit,
+        "allowed": limit / most,
+        "peak_slots": max(run["peak_slots"] for run in runs),
+        "rounds_in_all": sum(run["rounds"] for run in runs),
+    }
+
+
+def _interval(ratios: list[float]) -> str:
+    """Empty where one cannot be told."""
+    if len(set(ratios)) < 2:
+        return ""
+    low, high = np.exp(ttest_1samp(np.log(ratios), 0).confidence_interval(0.95))
+    return f"{low:.2f}-{high:.2f}"
+
+
+def judge(rows: list[Row], least: float) -> list[Goal]:
+    """All goals; `least` is the ratio that reasoning is to reach where memory is short."""
+    stock = {(row["workload"], row["pool"]): row for row in rows if row["arm"] == PRODUCTION}
+    goals = []
+    for row in rows:
+        if row["arm"] != POLICY:
+            continue
+        name, pool, ratio = row["workload"], row["pool"], row["ratio"]
+        where, reasons = f"{name}, pool {pool}", name.startswith(REASONING)
+        due = RICH_RATIO if pool == RICH else least if reasons else None
+        met: bool | None = due is not None and ratio >= due
+        if name.startswith(NEVER):
+            rounds = row["rounds_in_all"]
+            goals.append(Goal(f"{where}: no round", f"{rounds} rounds", not rounds, True))
+            # A round makes the speed meaningless: it is not that of a server that never evicts.
+            due, met = NEVER_RATIO, None if rounds else ratio >= NEVER_RATIO
+        if due is not None:
+            text = f"{where}: output tokens/s >= {due} x production's"
+            goals.append(Goal(text, f"{ratio:.2f} x", met, False))
+        beside = stock[name, pool]
+        if reasons and pool != RICH:
+            goals.append(_as_bytes_allow(where, beside["share"], ratio, row["allowed"]))
+        if reasons:
+            ours, theirs = row["cached"], beside["cached"]
+            text, enough = "as many prompt tokens cached as in production", ours >= AS_MANY * theirs
+            measured = f"{ours:.0f}, production {theirs:.0f}"
+            goals.append(Goal(f"{where}: {text}", measured, enough, True))
+    return goals
+
+
+def _as_bytes_allow(where: str, bound: float, ratio: float, allowed: float) -> Goal:
+    text, share = f"{where}: ratio >= {OF_ALLOWED:.0%} of what bytes allow", ratio / allowed
+    if bound < BOUND:
+        measured = f"bytes do not bind: production runs at {bound:.1%} of their limit"
+        return Goal(text, measured, None, False)
+    return Goal(text, f"{share:.0%} of {allowed:.2f} x", share >= OF_ALLOWED, False)
+
+
+def show(rows: list[Row]) -> str:
+    """As a table."""
+    return table(
+        [[*_COLUMNS], *([text.format(**row) for text in _COLUMNS.values()] for row in rows)]
+    )
+
+
+def draw(runs: Iterable[Run]) -> Figure:
+    """Running requests and tokens per second over time, of each arm's first run."""
+    from matplotlib.figure import Figure
+
+    loads: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        loads.setdefault(f"{run['workload']}, pool {run['pool']}", {}).setdefault(run["arm"], run)
+    arms = list(dict.fromkeys(arm for load in loads.values() for arm in load))
+    figure = Figure(figsize=(11, 2.6 * len(loads)), layout="constrained")
+    axes = figure.subplots(len(loads), 2, squeeze=False)
+    for pair, (name, load) in zip(axes, loads.items(), strict=True):
+        for arm, run in load.items():
+            times, *lines = zip(*run["over_time"], strict=True)
+            for side, line in zip(pair, lines, strict=True):
+                side.plot(times, line, color=f"C{arms.index(arm)}", label=arm)
+        for side, what in zip(pair, ("running requests", "output tokens/s"), strict=True):
+            side.set(xlim=(0, None), ylim=(0, None), xlabel="seconds", title=f"{name}: {what}")
+    axes[0][1].legend()
+    return figure

@@ -1,119 +1,199 @@
-"""Workloads, as arguments of SGLang's own client (`python -m sglang.benchmark.serving`)."""
+"""What is sent to which servers: workloads of SGLang's own client, and presets of their sizes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 REASONING, NEVER = "reasoning", "never evicted"
-_BELOW = 16  # By one part in so many.
+RICH, FULL = "rich", "full"
+PRODUCTION, CONSTRAINED, POLICY = "production", "constrained", "triattention"
+WAITING = "waiting"  # The policy where each round waits for the whole forward pass before it.
+ARMS = (PRODUCTION, CONSTRAINED, WAITING, POLICY)
+CLIPPED = "clip "  # Production SGLang with another estimate of output tokens, which follows.
+WAVES = 4  # Of the load that is never evicted from: one is over too soon to be compared.
+_BELOW = 16  # Its outputs are shorter than the budget, by one part in so many.
 _JOINT = 2  # Tokens that the client writes between system prompt and question.
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is sent to a server, all at once unless `sizes` say otherwise.
+    """Requests for SGLang's client; lengths are in tokens.
 
     Attributes:
-        dataset: the client's name for it.
-        sizes: options of the client, without dashes.
-        counter: the one of them that the number of requests is proportional to.
         requests: how many.
-        groups: system prompts, each shared by as many requests; 0 if nothing is shared.
-        shared: tokens of a system prompt.
-        private: tokens of question and output, at the most.
-        output: tokens of all outputs together; None if they are drawn.
-        as_text: whether prompts are sent as text; else as ids of the model's vocabulary.
+        system: of the system prompt. Where it is 0, nothing is shared, prompts are random ids, and
+            question and output are the most that the client draws. (Its ids count up through the
+            vocabulary from random starts: in a small one some prompts coincide.)
+        groups: system prompts, each shared by as many requests.
+        at_once: requests at a time; 0: all.
     """
 
     name: str
-    dataset: str
-    sizes: dict[str, int]
-    counter: str
     requests: int
-    groups: int
-    shared: int
-    private: int
-    output: int | None
-    as_text: bool = True
+    system: int
+    question: int
+    output: int
+    groups: int = 1
+    at_once: int = 0
 
     @property
     def arguments(self) -> list[str]:
         """For the client."""
-        sizes = [text for flag, size in self.sizes.items() for text in (f"--{flag}", str(size))]
-        ids = [] if self.as_text else ["--tokenize-prompt"]
-        return ["--dataset-name", self.dataset, *sizes, *ids]
+        if self.system:
+            sizes = f"--dataset-name generated-shared-prefix --gsp-num-groups {self.groups}"
+            sizes += f" --gsp-prompts-per-group {self.requests // self.groups}"
+            sizes += f" --gsp-system-prompt-len {self.system} --gsp-question-len {self.question}"
+            sizes += f" --gsp-output-len {self.output}"
+        else:
+            sizes = f"--tokenize-prompt --dataset-name random-ids --num-prompts {self.requests}"
+            sizes += f" --random-input-len {self.question} --random-output-len {self.output}"
+        limit = f" --max-concurrency {self.at_once}" if self.at_once else ""
+        return (sizes + limit).split()
 
     def times(self, factor: int) -> Workload:
         """`factor` times as many requests, one after another: no more at once than before."""
-        if factor == 1:
-            return self
-        count = self.sizes[self.counter] * factor
-        at_once = self.sizes.get("max-concurrency", self.requests)
-        return replace(
-            self,
-            sizes={**self.sizes, self.counter: count, "max-concurrency": at_once},
-            requests=self.requests * factor,
-            output=None if self.output is None else self.output * factor,
-        )
+        at_once = self.at_once or (self.requests if factor > 1 else 0)
+        return replace(self, requests=self.requests * factor, at_once=at_once)
 
     def pool_for(self, concurrency: float) -> int:
-        """KV slots in which `concurrency` such requests fit to the last token."""
-        return self.groups * self.shared + round(concurrency * self.private)
-
-    def read_twice(self, running: int) -> float:
-        """Slots that a step reads again, because `running` requests share them."""
-        if not self.groups:
-            return 0.0
-        present = self.groups * (1 - (1 - 1 / self.groups) ** running)  # Groups, as expected.
-        return self.shared * (running - present)
+        """KV slots in which `concurrency` requests with system prompts fit to the last token."""
+        private = _JOINT + self.question + self.output
+        return self.groups * self.system + round(concurrency * private)
 
 
-def shared_prefix(
-    name: str, groups: int, per_group: int, system: int, question: int, output: int
-) -> Workload:
-    """The client's generated-shared-prefix workload; all lengths in tokens."""
-    counter = "gsp-prompts-per-group"
-    sizes = {
-        "gsp-num-groups": groups,
-        counter: per_group,
-        "gsp-system-prompt-len": system,
-        "gsp-question-len": question,
-        "gsp-output-len": output,
-    }
-    requests, private = groups * per_group, _JOINT + question + output
-    return Workload(
-        name,
-        "generated-shared-prefix",
-        sizes,
-        counter,
-        requests,
-        groups,
-        system,
-        private,
-        requests * output,
-    )
+@dataclass(frozen=True)
+class Pool:
+    """A size of the pool, and what is measured in it.
 
-
-def reasoning(requests: int, system: int, question: int, output: int) -> Workload:
-    """Long outputs behind one system prompt."""
-    name = f"{REASONING} {system}+{output}"
-    return shared_prefix(name, 1, requests, system, question, output)
-
-
-def never_evicted(requests: int, system: int, question: int, budget: int) -> Workload:
-    """As `reasoning`, with outputs that stay below a policy's `budget`: no round is ever due."""
-    output = budget - -(-budget // _BELOW)
-    return shared_prefix(f"{NEVER} {system}+{output}", 1, requests, system, question, output)
-
-
-def random_lengths(requests: int, prompt: int, output: int) -> Workload:
-    """The client's random workload, lengths up to `prompt` and `output` tokens.
-
-    Its prompts count up through the vocabulary from random starts: in a small one some coincide.
+    Attributes:
+        name: how many reasoning requests stock SGLang has room for (4.4: for 4 and a part of a
+            fifth); `rich`: for all; `full`: as many as the device's memory holds.
+        slots: KV slots; None if the memory decides.
+        arms: names of the servers that are compared, production and the policy among them.
     """
-    counter = "num-prompts"
-    sizes = {counter: requests, "random-input-len": prompt, "random-output-len": output}
-    name, private = f"random {prompt}+{output}", prompt + output
-    return Workload(
-        name, "random-ids", sizes, counter, requests, 0, 0, private, None, as_text=False
+
+    name: str
+    slots: int | None
+    workloads: list[Workload]
+    arms: list[str]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of everything, by default those of `tiny`; flags of the bench change some."""
+
+    gpu: bool = False  # Whether it has Qwen3-8B's shape and needs one; else the model is tiny.
+    server: Sequence[str] = ("--stream-interval", "8")  # Arguments of all servers.
+    most: int = 64  # `--max-running-requests`.
+    budget: int = 32
+    interval: int = 16
+    arms: Sequence[str] = (PRODUCTION, CONSTRAINED, POLICY)
+    clips: Sequence[int] = (32,)  # Estimates of output tokens.
+    systems: Sequence[int] = (128,)  # Tokens of the reasoning load's system prompt, one by one,
+    outputs: Sequence[int] = (160,)  # of its outputs, one by one,
+    question: int = 32  # and of its questions.
+    sent: dict[str, int] = field(  # To each pool: how many of these requests.
+        default_factory=lambda: {"4": 20, "8": 32, "16": 48, "32": 64, RICH: 32}
     )
+    pools: Sequence[str] = ()  # Which of these; empty: all.
+    others: Sequence[Workload] = (
+        Workload("shared prefix", 32, system=256, question=32, output=48, groups=4),
+        Workload("random 256+192", 32, system=0, question=256, output=192),
+    )
+    untouched: int = 32  # Requests at once of a further load, never evicted from; 0: no such load.
+    others_in: Sequence[str] = (RICH,)  # The pools of other loads: elsewhere they take too long.
+    side_by_side: bool = True  # Whether a pool's servers stand at once, or each has the device.
+    goal: float = 1.2  # Least ratio to production SGLang where memory is short.
+    stats: str = "auto"  # Query statistics.
+    repeats: int = 2
+    times: int = 1  # As many requests, no more of them at once.
+    workloads: Sequence[str] = ()  # What their names begin with; empty: all.
+
+    def all_pools(self) -> list[Pool]:
+        """For each length of prompt and output, in the order of `sent`."""
+        lengths = list(product(self.systems, self.outputs))
+        names = self.pools or self.sent
+        pools = [self._pool(name, *pair, pair == lengths[0]) for pair in lengths for name in names]
+        return [pool for pool in pools if pool.workloads]
+
+    def planned(self) -> Counter[tuple[str, str, str]]:
+        """How many runs there are to be of each workload, pool and arm."""
+        return Counter(
+            {
+                (workload.name, pool.name, arm): self.repeats
+                for pool in self.all_pools()
+                for workload in pool.workloads
+                for arm in pool.arms
+            }
+        )
+
+    def _pool(self, name: str, system: int, output: int, first: bool) -> Pool:
+        sent = self.sent[name]
+        reasoning = Workload(f"{REASONING} {system}+{output}", sent, system, self.question, output)
+        fitting = {RICH: sent, FULL: None}.get(name, name)
+        slots = None if fitting is None else reasoning.pool_for(float(fitting))
+        others = self._others(system) if first and name in self.others_in else ()
+        wanted = tuple(self.workloads) or ""
+        chosen = [each for each in (reasoning, *others) if each.name.startswith(wanted)]
+        # Where there is room for all, estimates of lengths change nothing.
+        clips = () if name == RICH else (f"{CLIPPED}{tokens}" for tokens in self.clips)
+        arms = list(dict.fromkeys([PRODUCTION, *clips, *self.arms]))
+        return Pool(name, slots, [workload.times(self.times) for workload in chosen], arms)
+
+    def _others(self, system: int) -> list[Workload]:
+        if not self.untouched:
+            return [*self.others]
+        output = self.budget - -(-self.budget // _BELOW)
+        name = f"{NEVER} {system}+{output}"
+        never = Workload(name, self.untouched, system, self.question, output)
+        return [*self.others, never.times(WAVES)]
+
+
+PRESETS = {
+    "tiny": Preset(),
+    "qwen3-8b": Preset(
+        gpu=True,
+        server=("--stream-interval", "16"),
+        most=256,
+        budget=2048,
+        interval=128,
+        clips=(1024, 8192),
+        systems=(1024,),
+        outputs=(16384,),
+        question=128,
+        sent={"4": 24, "8": 48, "16": 80, "32": 128, RICH: 24, FULL: 192},
+        others=(
+            Workload("shared prefix", 256, system=2048, question=128, output=256, groups=16),
+            Workload("random 1024+1024", 256, system=0, question=1024, output=1024),
+        ),
+        untouched=0,
+        others_in=("4", RICH),
+        side_by_side=False,
+        goal=2.5,
+    ),
+    # Minutes on one GPU of 80 GB: weights take 16 GB of each server, its pool 1.4.
+    "quick": Preset(
+        gpu=True,
+        # Few graphs are captured soon.
+        server=(
+            *("--stream-interval", "8", "--mem-fraction-static", "0.85"),
+            *("--cuda-graph-bs-decode", "1", "4", "8", "16", "24", "32"),
+            "--disable-prefill-cuda-graph",
+        ),
+        most=32,
+        budget=256,
+        interval=32,
+        arms=(PRODUCTION, POLICY),
+        clips=(),
+        systems=(64,),
+        outputs=(2048,),
+        sent={"4.4": 24},
+        others=(),
+        untouched=24,
+        others_in=("4.4",),
+        goal=2.5,
+    ),
+}
