@@ -37,9 +37,9 @@ import torch
 from bench import pictures
 from bench.cutoff import Clock, Interrupted, TimeUp, cut_off, seconds_to_end
 from bench.flags import positive
-from bench.load.client import Client, LoadFailed
+from bench.load.client import Client, LoadFailed, Run, name_of
 from bench.load.report import NOTE, compare, draw, judge, show, traffic_of
-from bench.load.sweep import Sweep
+from bench.load.sweep import measure
 from bench.load.workloads import ARMS, POLICY, PRESETS, PRODUCTION, Preset
 from bench.machine import machine, versions
 from bench.models.dummy import make_dummy
@@ -51,24 +51,16 @@ from sglang_tri.config import KvPolicyConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, preset = parse(argv)
-    clock = Clock(arguments.limit)
+    clock, output = Clock(arguments.limit), arguments.output
     folder = Path(tempfile.mkdtemp(prefix="sglang-tri-serving-"))
-    kept = arguments.output.with_suffix(".jsonl")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text("")
-    print(f"Logs: {folder}; runs, as they are measured: {kept}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Logs: {folder}")
     client = _client(arguments.model_path, preset, folder)
     traffic = traffic_of(client.model)
-    sweep = Sweep(preset, client, kept, clock)
-    failures = _measure(sweep)
-    rows = compare(sweep.runs, traffic)
-    goals = judge(rows, preset.goal)
-    done = Counter((run["workload"], run["pool"], run["arm"]) for run in sweep.runs)
-    missing, due = preset.planned() - done, preset.repeats
-    left_out = [
-        f"left out: {workload}, pool {pool}, {arm}: {count} of {due} runs"
-        for (workload, pool, arm), count in missing.items()
-    ]
+    runs, failures = _measure_all(preset, client, clock, output.with_suffix(".jsonl"))
+    rows = compare(runs, traffic)
+    goals, missing = judge(rows, preset.goal), preset.planned() - Counter(map(name_of, runs))
+    left_out = [f"left out: {name}: {count} runs" for name, count in missing.items()]
     print(show(rows), NOTE, *goals, *left_out, *failures, sep="\n")
     result = {
         "command": shlex.join(["python", "-m", "bench.serving", *(argv or sys.argv[1:])]),
@@ -77,18 +69,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": asdict(preset),
         "traffic": asdict(traffic),
         "rows": rows,
-        "runs": sweep.runs,
+        "runs": runs,
         "goals": [asdict(goal) for goal in goals],
         "left_out": left_out,
         "failures": failures,
         "seconds": clock.seconds,
     }
-    arguments.output.write_text(json.dumps(result))
-    if sweep.runs and pictures.available():
-        draw(sweep.runs).savefig(arguments.output.with_suffix(".png"), dpi=110)
-    print(f"{clock.seconds:.0f} s; written: {arguments.output}")
-    failed = failures or due in missing.values() or any(goal.failed for goal in goals)
-    return int(bool(failed))
+    output.write_text(json.dumps(result))
+    if runs and pictures.available():
+        draw(runs).savefig(output.with_suffix(".png"), dpi=110)
+    print(f"{clock.seconds:.0f} s; written: {output}")
+    unseen = preset.repeats in missing.values()
+    return 1 if failures or unseen or any(goal.failed for goal in goals) else 0
+
+
+def _measure_all(
+    preset: Preset, client: Client, clock: Clock, kept: Path
+) -> tuple[list[Run], list[str]]:
+    """The runs, which are written to `kept` one by one, and what went wrong."""
+    runs: list[Run] = []
+    failures: list[str] = []
+    kept.unlink(missing_ok=True)
+
+    def keep(run: Run) -> None:
+        runs.append(run)
+        kept.write_text("".join(json.dumps(each) + "\n" for each in runs))
+
+    try:
+        with cut_off(clock):
+            for pool in preset.all_pools():
+                try:
+                    measure(pool, preset, client, clock, keep)
+                except (LoadFailed, ServerFailed, requests.RequestException) as error:
+                    # It must not cost what other pools show.
+                    failures.append(f"pool {pool.name}: {error}")
+                    print(failures[-1], flush=True)
+    except TimeUp as error:
+        print(error)
+    except Interrupted as error:
+        failures.append(str(error))
+    return runs, failures
 
 
 def _client(model: Path | None, preset: Preset, folder: Path) -> Client:
@@ -99,24 +119,6 @@ def _client(model: Path | None, preset: Preset, folder: Path) -> Client:
     own = folder / "model"
     made = make_dummy("qwen3-8b", own) if preset.gpu else make_model("qwen3", own)
     return Client(folder, made, folder / "tokenizer")
-
-
-def _measure(sweep: Sweep) -> list[str]:
-    """All pools; what went wrong. One's failure must not cost what others have shown."""
-    failures = []
-    try:
-        with cut_off(sweep.clock):
-            for pool in sweep.preset.all_pools():
-                try:
-                    sweep.measure(pool)
-                except (LoadFailed, ServerFailed, requests.RequestException) as error:
-                    failures.append(f"pool {pool.name}: {error}")
-                    print(failures[-1], flush=True)
-    except TimeUp as error:
-        print(error)
-    except Interrupted as error:
-        failures.append(str(error))
-    return failures
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Preset]:
@@ -140,13 +142,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Preset]:
             f"--preset {name} serves 16 GB of bfloat16 weights and needs a GPU, and torch finds "
             "none: use --preset tiny"
         )
-    for flag, pools in (("--pools", chosen.pools), ("--others-in", chosen.others_in)):
-        if unknown := " ".join(sorted({*pools} - {*preset.sent})):
+    for flag, names in (("--pools", chosen.pools), ("--others-in", chosen.others_in)):
+        if unknown := " ".join(sorted({*names} - {*preset.sent})):
             parser.error(f"{flag} {unknown}: {name} has {', '.join(preset.sent)}")
     if not chosen.all_pools():
-        loads = ", ".join(sorted({load for load, *_ in replace(chosen, workloads=()).planned()}))
+        pools = replace(chosen, workloads=()).all_pools()
+        there = ", ".join({load.name: None for pool in pools for load in pool.workloads})
         wanted = " ".join(chosen.workloads)
-        parser.error(f"--workloads {wanted}: not in these pools, which have {loads}")
+        parser.error(f"--workloads {wanted}: not in these pools, which have {there}")
     return arguments, chosen
 
 

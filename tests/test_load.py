@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -22,10 +21,9 @@ from bench.cutoff import Clock
 from bench.load import sweep
 from bench.load.client import RATE, Client, LoadFailed, Run
 from bench.load.report import Row, Traffic, compare, draw, judge, show, traffic_of
-from bench.load.sweep import CLIP_VARIABLE, Sweep, make_arm
+from bench.load.sweep import CLIP_VARIABLE, make_arm, measure
 from bench.load.workloads import (
     CONSTRAINED,
-    FULL,
     NEVER,
     POLICY,
     PRESETS,
@@ -43,7 +41,7 @@ from tests.conftest import Running
 from tests.setups import BUDGET, INTERVAL
 
 LARGE_VOCABULARY = 151936
-TINY, LARGE = PRESETS["tiny"], PRESETS["qwen3-8b"]
+TINY, QUICK = PRESETS["tiny"], PRESETS["quick"]
 RUN: Run = {
     **{"arm": PRODUCTION, "pool": "4", "workload": "reasoning 10+20"},
     **{"duration": 2.0, RATE: 50.0, "request_throughput": 1.0},
@@ -174,14 +172,11 @@ def test_pools_have_room_for_as_many_as_they_are_named_for() -> None:
     pools = TINY.all_pools()
     assert [pool.name for pool in pools] == ["4", "8", "16", "32", RICH]
     one = 2 + TINY.question + TINY.outputs[0]
-    room = [(pool.slots or 0) - TINY.systems[0] for pool in pools]
+    room = [pool.slots - TINY.systems[0] for pool in pools]
     assert room == [count * one for count in (4, 8, 16, 32, TINY.sent[RICH])]
     assert [len(pool.workloads) for pool in pools] == [1, 1, 1, 1, 4]
     assert all(pool.workloads[0].requests == TINY.sent[pool.name] for pool in pools)
-    large = LARGE.all_pools()
-    assert [pool.name for pool in large] == [*LARGE.sent]
-    assert [pool.slots for pool in large if pool.name == FULL] == [None]
-    assert len(replace(LARGE, systems=[1, 2], outputs=[3, 4]).all_pools()) == 4 * len(LARGE.sent)
+    assert len(replace(TINY, systems=[1, 2], outputs=[3, 4]).all_pools()) == 4 * len(TINY.sent)
 
 
 def test_arms_have_the_same_pool() -> None:
@@ -204,7 +199,6 @@ def test_arms_have_the_same_pool() -> None:
         Arm(POLICY, [*common, *policy]),
         Arm(WAITING, [*common, *policy], {WAIT: "1"}),
     ]
-    assert "--max-total-tokens" not in make_arm(PRODUCTION, None, LARGE).arguments
 
 
 def test_rows_are_medians_beside_production() -> None:
@@ -298,45 +292,47 @@ def test_table_and_picture() -> None:
     assert list(figure.axes[0].get_lines()[0].get_xdata()) == [0.0, 1.0]
 
 
-def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: every arm alone, the other way round the second time; memory gives the pool."""
-    room, events = 500, []
+def test_arms_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way round the second time, on servers that stand once."""
+    events, room = [], 10**6
 
-    def measured(_: Client, __: Any, workload: Workload, arm: str, pool: str) -> Run:
+    def measured(_: Client, server: Any, workload: Workload, arm: str, pool: str) -> Run:
+        assert server.name == arm
         return RUN | {"arm": arm, "pool": pool, "workload": workload.name}
 
     class FakeServer:
         log = tmp_path / "log"
 
+        def __init__(self, arm: Arm) -> None:
+            self.name = arm.name
+
         def internal_state(self) -> dict[str, Any]:
             return {"memory_usage": {"token_capacity": room}}
 
         def generate(self, **body: Any) -> None:
-            assert body["sampling_params"]["max_new_tokens"] > LARGE.budget + LARGE.interval
+            assert body["sampling_params"]["max_new_tokens"] > QUICK.budget + QUICK.interval
 
     @contextmanager
     def start(arms: list[Arm], *_: Any) -> Iterator[dict[str, FakeServer]]:
-        (arm,) = arms
-        pairs = list(pairwise(arm.arguments))
-        events.append((arm.name, [size for flag, size in pairs if flag == "--max-total-tokens"]))
-        yield {arm.name: FakeServer()}
+        for arm in arms:
+            pairs = dict(pairwise(arm.arguments))
+            events.append((arm.name, pairs["--max-total-tokens"]))
+        yield {arm.name: FakeServer(arm) for arm in arms}
 
     monkeypatch.setattr(sweep, "running", start)
     monkeypatch.setattr(Client, "measure", measured)
-    preset = replace(LARGE, clips=(7,), sent={FULL: 3, "4": 2}, others_in=())
-    full, four = preset.all_pools()
-    names = full.arms
-    assert names == [PRODUCTION, "clip 7", CONSTRAINED, POLICY]
+    preset = replace(QUICK, clips=(7,), workloads=("reasoning",))
+    (pool,) = preset.all_pools()
+    names = pool.arms
+    assert names == [PRODUCTION, "clip 7", POLICY]
+    runs: list[Run] = []
     client = Client(tmp_path, tmp_path, tmp_path)
-    benched = Sweep(preset, client, tmp_path / "runs", Clock())
-    benched.measure(full)
-    assert events == [(PRODUCTION, []), *((name, ["500"]) for name in [*names, *names[::-1]])]
-    found = [(run["arm"], run["pool"]) for run in benched.runs]
-    assert found == [(name, FULL) for name in [*names, *names[::-1]]]
-    kept = (tmp_path / "runs").read_text().splitlines()
-    assert [json.loads(line)["arm"] for line in kept] == [*names, *names[::-1]]
-    with pytest.raises(LoadFailed, match=f"room for 500 slots, not for {four.slots}"):
-        benched.measure(four)
+    measure(pool, preset, client, Clock(), runs.append)
+    assert events == [(name, str(pool.slots)) for name in names]
+    assert [run["arm"] for run in runs] == [*names, *names[::-1]]
+    room = 500
+    with pytest.raises(LoadFailed, match=f"room for 500 slots, not for {pool.slots}"):
+        measure(replace(pool, name="small"), preset, client, Clock(), runs.append)
 
 
 def pairs_of(workload: Workload) -> dict[str, str]:

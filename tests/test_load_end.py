@@ -161,7 +161,7 @@ def test_a_repeat_that_does_not_fit_is_left_out(
     assert main([*SIZES, "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["left_out"] == [
-        f"left out: {name}, pool 4, {arm}: 1 of 2 runs"
+        f"left out: {name}, pool 4, {arm}: 1 runs"
         for name in skipped
         for arm in (PRODUCTION, POLICY)
     ]
@@ -183,7 +183,9 @@ def test_what_has_no_run_at_all_fails(
     found = json.loads(output.read_text())
     assert found["failures"] == ["pool 4: too much"]
     assert {row["pool"] for row in found["rows"]} == {"8"}
-    assert found["left_out"][0] == f"left out: {EVICTED}, pool 4, production: 2 of 2 runs"
+    kept = output.with_suffix(".jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == found["runs"]
+    assert found["left_out"][0] == f"left out: {EVICTED}, pool 4, production: 2 runs"
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -232,7 +234,7 @@ def test_a_signal_while_servers_start(tmp_path: Path) -> None:
     assert commands_with(str(tmp_path)) == []
     found = json.loads(output.read_text())
     assert (found["failures"], found["rows"]) == (["ended by SIGTERM"], [])
-    assert f"left out: {EVICTED}, pool 4, production: 2 of 2 runs" in found["left_out"]
+    assert f"left out: {EVICTED}, pool 4, production: 2 runs" in found["left_out"]
 
 
 @pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
@@ -271,4 +273,4 @@ def test_a_bench_whose_time_is_up(
     assert len(output.with_suffix(".jsonl").read_text().splitlines()) == 4
     text = capsys.readouterr().out
     assert "[met] never evicted 128+45, pool 4: no round: 0 rounds" in text
-    assert f"left out: {EVICTED}, pool 4, production: 1 of 2 runs" in text
+    assert f"left out: {EVICTED}, pool 4, production: 1 runs" in text

@@ -33,6 +33,10 @@ Run = dict[str, Any]
 """What was measured: `FIGURES`, and what `Client.measure` adds."""
 
 
+def name_of(run: Run) -> str:
+    return f"{run['workload']}, pool {run['pool']}, {run['arm']}"
+
+
 class LoadFailed(RuntimeError):
     """Requests failed, or could not be sent; the message says which log to read."""
 

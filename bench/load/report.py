@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 RICH_RATIO, NEVER_RATIO, OF_ALLOWED = 0.98, 0.99, 0.8
 BOUND = 0.5  # Share of its limit from which on a server counts as bound by bytes.
-STEP = ("running", "read")
 AS_MANY = 0.99  # Whose questions begin alike by chance depends on who came first.
 NOTE = """
 ratio: to production; of repeats: the lowest and the highest of one repeat; 95%: interval of their
@@ -35,14 +34,26 @@ batch, at the batch sizes that were measured; of limit: tokens/s to what this ma
 bandwidth allows; between tokens: the client spreads the time between two chunks over their tokens.
 """
 _COLUMNS = {
-    **{"workload": "{workload}", "pool": "{pool}", "slots": "{slots:.0f}", "arm": "{arm}"},
-    **{"tokens/s": "{rates}", "ratio": "{ratio:.2f}", "of repeats": "{least:.2f}-{most:.2f}"},
-    **{"95%": "{interval}", "to best": "{to_best:.2f}", "bytes allow": "{allowed:.2f}"},
-    **{"of limit": "{share:.1%}", "requests/s": "{request_throughput:.2f}"},
+    "workload": "{workload}",
+    "pool": "{pool}",
+    "slots": "{slots:.0f}",
+    "arm": "{arm}",
+    "tokens/s": "{rates}",
+    "ratio": "{ratio:.2f}",
+    "of repeats": "{least:.2f}-{most:.2f}",
+    "95%": "{interval}",
+    "to best": "{to_best:.2f}",
+    "bytes allow": "{allowed:.2f}",
+    "of limit": "{share:.1%}",
+    "requests/s": "{request_throughput:.2f}",
     "first token p50/95/99, ms": "{median_ttft_ms:.0f}/{p95_ttft_ms:.0f}/{p99_ttft_ms:.0f}",
     "between tokens p50/95/99, ms": "{median_itl_ms:.0f}/{p95_itl_ms:.0f}/{p99_itl_ms:.0f}",
-    **{"running": "{running:.1f}", "peak slots": "{peak_slots:.0f}", "cached": "{cached:.0f}"},
-    **{"retracted": "{retracted:.0f}", "rounds": "{rounds:.0f}", "attention": "{attention}"},
+    "running": "{running:.1f}",
+    "peak slots": "{peak_slots:.0f}",
+    "cached": "{cached:.0f}",
+    "retracted": "{retracted:.0f}",
+    "rounds": "{rounds:.0f}",
+    "attention": "{attention}",
 }
 
 Row = dict[str, Any]
@@ -101,39 +112,36 @@ def compare(runs: Iterable[Run], traffic: Traffic) -> list[Row]:
     another, `interval`, `to_best`, `share` of what bytes allow, and `allowed`, the ratio that they
     allow; `peak_slots` and `rounds_in_all` are of all repeats.
     """
-    arms: dict[tuple[str, str, str], list[Run]] = {}
+    loads: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for run in runs:
-        arms.setdefault((run["workload"], run["pool"], run["arm"]), []).append(run)
-    stock = {key: each for key, each in arms.items() if key[2].startswith((PRODUCTION, CLIPPED))}
-    best: dict[tuple[str, ...], float] = {}
-    for key, each in stock.items():
-        best[key[:2]] = max(_rate(each), best.get(key[:2], 0.0))
-    return [
-        _row(each, stock[*key[:2], PRODUCTION], traffic) | {"to_best": _rate(each) / best[key[:2]]}
-        for key, each in arms.items()
-        if (*key[:2], PRODUCTION) in arms
-    ]
+        loads.setdefault((run["workload"], run["pool"]), {}).setdefault(run["arm"], []).append(run)
+    rows = []
+    for arms in loads.values():
+        if stock := arms.get(PRODUCTION):
+            alike = [each for arm, each in arms.items() if arm.startswith((PRODUCTION, CLIPPED))]
+            best = max(_medians(each)[RATE] for each in alike)
+            rows += [_row(each, stock, best, traffic) for each in arms.values()]
+    return rows
 
 
-def _rate(runs: list[Run]) -> float:
-    return median(run[RATE] for run in runs)
-
-
-def _row(runs: list[Run], stock: list[Run], traffic: Traffic) -> Row:
+def _medians(runs: list[Run]) -> Row:
+    """Of numbers; what else there is, of the first run."""
     numbers = [name for name, value in runs[0].items() if isinstance(value, int | float)]
-    row = runs[0] | {name: median(run[name] for run in runs) for name in numbers}
-    limit, most = (
-        traffic.tokens_per_second(*(median(run[name] for run in each) for name in STEP))
-        for each in (runs, stock)
-    )
+    return runs[0] | {name: median(run[name] for run in runs) for name in numbers}
+
+
+def _row(runs: list[Run], stock: list[Run], best: float, traffic: Traffic) -> Row:
+    row, beside = _medians(runs), _medians(stock)
+    limit, most = (traffic.tokens_per_second(r["running"], r["read"]) for r in (row, beside))
     # The last repeat may not have come to its end.
     ratios = [run[RATE] / other[RATE] for run, other in zip(runs, stock, strict=False)]
     return row | {
         "rates": spread([run[RATE] for run in runs]),
-        "ratio": row[RATE] / _rate(stock),
+        "ratio": row[RATE] / beside[RATE],
         "least": min(ratios),
         "most": max(ratios),
         "interval": _interval(ratios),
+        "to_best": row[RATE] / best,
         "share": row[RATE] / limit,
         "allowed": limit / most,
         "peak_slots": max(run["peak_slots"] for run in runs),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 REASONING, NEVER = "reasoning", "never evicted"
-RICH, FULL = "rich", "full"
+RICH = "rich"
 PRODUCTION, CONSTRAINED, POLICY = "production", "constrained", "triattention"
 WAITING = "waiting"  # The policy where each round waits for the whole forward pass before it.
 ARMS = (PRODUCTION, CONSTRAINED, WAITING, POLICY)
@@ -70,13 +70,13 @@ class Pool:
 
     Attributes:
         name: how many reasoning requests stock SGLang has room for (4.4: for 4 and a part of a
-            fifth); `rich`: for all; `full`: as many as the device's memory holds.
-        slots: KV slots; None if the memory decides.
+            fifth); `rich`: for all.
+        slots: KV slots.
         arms: names of the servers that are compared, production and the policy among them.
     """
 
     name: str
-    slots: int | None
+    slots: int
     workloads: list[Workload]
     arms: list[str]
 
@@ -103,9 +103,8 @@ class Preset:
         Workload("shared prefix", 32, system=256, question=32, output=48, groups=4),
         Workload("random 256+192", 32, system=0, question=256, output=192),
     )
-    untouched: int = 32  # Requests at once of a further load, never evicted from; 0: no such load.
+    untouched: int = 32  # Requests at once of a further load that is never evicted from.
     others_in: Sequence[str] = (RICH,)  # The pools of other loads: elsewhere they take too long.
-    side_by_side: bool = True  # Whether a pool's servers stand at once, or each has the device.
     goal: float = 1.2  # Least ratio to production SGLang where memory is short.
     stats: str = "auto"  # Query statistics.
     repeats: int = 2
@@ -119,22 +118,17 @@ class Preset:
         pools = [self._pool(name, *pair, pair == lengths[0]) for pair in lengths for name in names]
         return [pool for pool in pools if pool.workloads]
 
-    def planned(self) -> Counter[tuple[str, str, str]]:
-        """How many runs there are to be of each workload, pool and arm."""
-        return Counter(
-            {
-                (workload.name, pool.name, arm): self.repeats
-                for pool in self.all_pools()
-                for workload in pool.workloads
-                for arm in pool.arms
-            }
-        )
+    def planned(self) -> Counter[str]:
+        """How many runs there are to be of each arm with each workload in each pool."""
+        pools = self.all_pools()
+        loads = [(workload.name, pool) for pool in pools for workload in pool.workloads]
+        names = [f"{name}, pool {pool.name}, {arm}" for name, pool in loads for arm in pool.arms]
+        return Counter(dict.fromkeys(names, self.repeats))
 
     def _pool(self, name: str, system: int, output: int, first: bool) -> Pool:
         sent = self.sent[name]
         reasoning = Workload(f"{REASONING} {system}+{output}", sent, system, self.question, output)
-        fitting = {RICH: sent, FULL: None}.get(name, name)
-        slots = None if fitting is None else reasoning.pool_for(float(fitting))
+        slots = reasoning.pool_for(sent if name == RICH else float(name))
         others = self._others(system) if first and name in self.others_in else ()
         wanted = tuple(self.workloads) or ""
         chosen = [each for each in (reasoning, *others) if each.name.startswith(wanted)]
@@ -144,8 +138,6 @@ class Preset:
         return Pool(name, slots, [workload.times(self.times) for workload in chosen], arms)
 
     def _others(self, system: int) -> list[Workload]:
-        if not self.untouched:
-            return [*self.others]
         output = self.budget - -(-self.budget // _BELOW)
         name = f"{NEVER} {system}+{output}"
         never = Workload(name, self.untouched, system, self.question, output)
@@ -154,26 +146,6 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(),
-    "qwen3-8b": Preset(
-        gpu=True,
-        server=("--stream-interval", "16"),
-        most=256,
-        budget=2048,
-        interval=128,
-        clips=(1024, 8192),
-        systems=(1024,),
-        outputs=(16384,),
-        question=128,
-        sent={"4": 24, "8": 48, "16": 80, "32": 128, RICH: 24, FULL: 192},
-        others=(
-            Workload("shared prefix", 256, system=2048, question=128, output=256, groups=16),
-            Workload("random 1024+1024", 256, system=0, question=1024, output=1024),
-        ),
-        untouched=0,
-        others_in=("4", RICH),
-        side_by_side=False,
-        goal=2.5,
-    ),
     # Minutes on one GPU of 80 GB: weights take 16 GB of each server, its pool 1.4.
     "quick": Preset(
         gpu=True,
@@ -190,7 +162,8 @@ PRESETS = {
         clips=(),
         systems=(64,),
         outputs=(2048,),
-        sent={"4.4": 24},
+        sent={"4.4": 24, RICH: 24},
+        pools=("4.4",),
         others=(),
         untouched=24,
         others_in=("4.4",),
