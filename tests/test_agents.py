@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import llguidance
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from bench.agent import frontend as agent_frontend
-from bench.agent.arms import ARMS, CONTINUATION, PROMPT, STOCK, Outcome, check_settings
-from bench.agent.calls import LONGEST_CALL, REASONING, TOOL_CALL, Call
-from bench.agent.frontend import Sent
-from bench.agent.goals import RECENT, judge, waits
-from bench.agent.prompt import TEMPLATE, THINK_END, after_call, messages, opening, system_prompt
-from bench.agent.report import arm_table, draw, turn_table
-from bench.agent.tools import CALL_SCHEMA, TOOLS, Toolbox
+from bench.agent import frontend
+from bench.agent.answers import Answer
+from bench.agent.loops import REASONING, TOOL_CALL
+from bench.agent.prompt import TEMPLATE, THINK_END, after_call, messages, rendered, system_prompt
+from bench.agent.report import (
+    CONTINUATION,
+    PROMPT,
+    RADIX_OFF,
+    RECENT,
+    STOCK,
+    Outcome,
+    arm_table,
+    judge,
+    turn_table,
+    waits,
+)
+from bench.agent.tools import CALL_SCHEMA, LONGEST_CALL, TOOLS, execute
+from bench.agents import check_settings
 from bench.goal import Goal
 from bench.server import Endpoint
 
@@ -47,9 +56,9 @@ def calls_of_a_random_model(number: int) -> list[str]:
 
 def test_every_call_that_the_grammar_allows_can_be_executed() -> None:
     calls = calls_of_a_random_model(300)
-    assert {json.loads(call)["name"] for call in calls} == {tool.name for tool in TOOLS}
+    assert {json.loads(call)["name"] for call in calls} == {tool.__name__ for tool in TOOLS}
     for call in calls:
-        assert json.loads(Toolbox().execute(call))
+        assert json.loads(execute(call))
         assert "\\" not in call
 
 
@@ -59,56 +68,52 @@ def test_every_call_that_the_grammar_allows_can_be_executed() -> None:
         ("calculate", {"operation": "subtract", "a": 3, "b": 5}, {"result": -2}),
         ("count_text", {"text": "ab a b"}, {"characters": 6, "words": 3, "letters": 2}),
         ("shift_date", {"month": 2, "days": 28}, {"date": "2026-03-01", "weekday": "Sunday"}),
-        ("sort_numbers", {"numbers": [3, 1, 2]}, {"sorted": [1, 2, 3], "median": 2}),
     ],
 )
 def test_tools_compute(name: str, arguments: dict[str, Any], result: dict[str, Any]) -> None:
     call = json.dumps({"name": name, "arguments": arguments})
-    assert json.loads(Toolbox().execute(call)) == result
+    assert json.loads(execute(call)) == result
 
 
-def test_notebook_belongs_to_one_agent() -> None:
-    def note(toolbox: Toolbox, key: str) -> dict[str, Any]:
-        call = {"name": "take_note", "arguments": {"key": key, "value": "x"}}
-        notes: dict[str, Any] = json.loads(toolbox.execute(json.dumps(call)))["notes"]
-        return notes
-
-    toolbox = Toolbox()
-    note(toolbox, "a")
-    assert note(toolbox, "b") == {"a": "x", "b": "x"}
-    assert note(Toolbox(), "c") == {"c": "x"}
+@pytest.mark.parametrize("call", ["no JSON", '{"name":"execute","arguments":{"call":"1"}}'])
+def test_other_calls_are_refused(call: str) -> None:
+    with pytest.raises(ValueError, match=r"Expecting value|not enough values"):
+        execute(call)
 
 
 def test_system_prompt_describes_all_tools_and_is_long_enough() -> None:
     short, long = (system_prompt(len, least) for least in (0, 4000))
     assert len(long) >= 4000
     assert long.startswith(short)
-    assert all(f"\n{tool.name}: {tool.description}\n" in short for tool in TOOLS)
+    assert all(f"\n{tool.__name__}: {tool.__doc__}\n" in short for tool in TOOLS)
 
 
 def test_template_writes_what_was_generated(tokenizer: PreTrainedTokenizerBase) -> None:
     """Through messages an agent's history is the text that it sent and got through ids."""
     call, result = '{"name":"x"}', '{"y": 1}'
     history = messages(SYSTEM, 1)
-    assert rendered(tokenizer, history) == opening(SYSTEM, 1)
+    opening = rendered(history)
+    assert rendered_by(tokenizer, history) == opening
     history += [
         {"role": "assistant", "reasoning_content": "Hm. ", "content": call},
         {"role": "tool", "content": result},
     ]
-    sent = opening(SYSTEM, 1) + "Hm. " + THINK_END + call + after_call(result)
-    assert rendered(tokenizer, history) == sent
+    sent = opening + "Hm. " + THINK_END + call + after_call(result)
+    assert rendered_by(tokenizer, history) == sent
 
 
 def test_template_drops_reasoning_of_answered_questions(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     answer = {"role": "assistant", "reasoning_content": "Hm.", "content": "Yes."}
-    text = rendered(tokenizer, [*messages(SYSTEM, 1), answer, {"role": "user", "content": "Why?"}])
+    text = rendered_by(
+        tokenizer, [*messages(SYSTEM, 1), answer, {"role": "user", "content": "Why?"}]
+    )
     assert "Hm." not in text
     assert "Yes." in text
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, history: list[dict[str, str]]) -> str:
+def rendered_by(tokenizer: PreTrainedTokenizerBase, history: list[dict[str, str]]) -> str:
     text = tokenizer.apply_chat_template(
         history, chat_template=TEMPLATE.read_text(), tokenize=False, add_generation_prompt=True
     )
@@ -125,9 +130,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return AutoTokenizer.from_pretrained(make_model("qwen3", tmp_path_factory.mktemp("model")))
 
 
-def conversation(path: str, more: int = 0, seconds: float = 1.0) -> list[Call]:
+def conversation(path: str, more: int = 0, seconds: float = 1.0) -> list[Answer]:
     """Two turns of one agent; later requests prefill `more` tokens than are new."""
-    calls, length = [], 0
+    answers, length = [], 0
     for turn, kind, new, generated in (
         (1, REASONING, SHARED + TASK, THOUGHT),
         (1, TOOL_CALL, 1, CALL),
@@ -135,22 +140,28 @@ def conversation(path: str, more: int = 0, seconds: float = 1.0) -> list[Call]:
         (2, TOOL_CALL, 1, CALL),
     ):
         cached = length - more if length else SHARED
-        prompt = length + new
-        calls.append(
-            Call(path, 0, turn, kind, prompt, cached, generated, length, seconds, 2 * seconds)
-        )
-        length = prompt + generated
-    return calls
+        info = {
+            "prompt_tokens": length + new,
+            "cached_tokens": cached,
+            "completion_tokens": generated,
+            "request_received_ts": 0.0,
+            "prefill_finished_time": seconds,
+            "kv_policy": {"rounds": 2, "evicted_tokens": 77},
+        }
+        answers.append(Answer.of("", info, path=path, turn=turn, kind=kind, known=length))
+        length += new + generated
+    return answers
 
 
 def outcome(name: str, more: int = 0, seconds: float = 1.0) -> Outcome:
-    calls = conversation("exact", more, seconds) + conversation("chat", more, seconds)
-    return Outcome(name, calls, 8.0, 1234, {"rounds": 5, "evicted_tokens": 77})
+    answers = conversation("exact", more, seconds) + conversation("chat", more, seconds)
+    return Outcome(name, answers, 8.0, 1234)
 
 
 def outcomes(**changes: Outcome) -> list[Outcome]:
     """All arms as they should be, but for `changes`."""
-    good = {name: outcome(name) for name in ARMS} | {CONTINUATION: outcome(CONTINUATION, 0, 0.2)}
+    good = {name: outcome(name) for name in (PROMPT, CONTINUATION, STOCK, RADIX_OFF)}
+    good[CONTINUATION] = outcome(CONTINUATION, 0, 0.2)
     return list((good | changes).values())
 
 
@@ -180,8 +191,8 @@ def test_prefilling_more_than_recent_misses() -> None:
 
 def test_fewer_hits_of_the_shared_prompt_fail() -> None:
     worse = outcome(CONTINUATION)
-    calls = [call if call.known else replace(call, cached=SHARED - 1) for call in worse.calls]
-    goals = judge(outcomes(continuation=replace(worse, calls=calls)), THOUGHT)
+    answers = [a if a.known else replace(a, cached=SHARED - 1) for a in worse.answers]
+    goals = judge(outcomes(continuation=replace(worse, answers=answers)), THOUGHT)
     assert about(goals, f"{CONTINUATION}:", "shared").failed
     assert about(goals, f"{PROMPT}:", "shared").met
 
@@ -215,38 +226,32 @@ def test_goals_say_what_was_measured() -> None:
 
 def test_arm_table() -> None:
     """8 answers of 2 x 1020 tokens in 8 s; prompts of 110, 1111, 1139 and 2140 tokens."""
-    remote = replace(outcome("http://host:1"), peak_slots=None, policy={})
-    assert arm_table([outcome(STOCK), remote]).splitlines() == [
-        "arm            tokens/s  peak slots  rounds  evicted  cached  prefilled"
-        "  hits exact  hits chat",
-        "stock               510        1234       5       77    8960         40"
-        "       99.6%      99.6%",
-        "http://host:1       510         n/a                     8960         40"
-        "       99.6%      99.6%",
+    without = [replace(answer, rounds=0, evicted=0) for answer in outcome(STOCK).answers]
+    remote = replace(outcome("http://host:1"), answers=without)
+    rows = arm_table([outcome(STOCK), remote]).splitlines()
+    assert [" ".join(row.split()) for row in rows] == [
+        "arm tokens/s peak slots rounds evicted cached prefilled hits exact hits chat",
+        "stock 510 1234 16 616 8960 40 99.6% 99.6%",
+        "http://host:1 510 1234 0 0 8960 40 99.6% 99.6%",
     ]
 
 
 def test_turn_table() -> None:
-    calls = [
-        replace(call, first_token_s=second)
-        for call, second in zip(conversation("exact"), (1.0, 2.0, 3.0, 4.0), strict=True)
+    answers = [
+        replace(answer, first_token_s=second)
+        for answer, second in zip(conversation("exact"), (1.0, 2.0, 3.0, 4.0), strict=True)
     ]
-    slower = [replace(call, agent=1, first_token_s=2 * call.first_token_s) for call in calls]
-    rows = turn_table([replace(outcome(STOCK), calls=calls + slower)]).splitlines()
+    slower = [replace(a, agent=1, first_token_s=2 * a.first_token_s) for a in answers]
+    rows = turn_table([replace(outcome(STOCK), answers=answers + slower)]).splitlines()
     assert [" ".join(row.split()) for row in rows[2:4]] == [
-        "stock 1 tool call 3000 ms 3900 ms 2220 2 2 99.9%",
-        "stock 2 reasoning 4500 ms 5850 ms 2262 16 16 99.3%",
+        "stock 1 tool call 3000 ms 3900 ms 2220 2 2",
+        "stock 2 reasoning 4500 ms 5850 ms 2262 16 16",
     ]
 
 
-def test_picture_is_a_png(tmp_path: Path) -> None:
-    draw(outcomes(), tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("setting", [{"enable_cache_report": False}, {"reasoning_parser": "qwen3"}])
+@pytest.mark.parametrize("setting", [{"enable_metrics": False}, {"reasoning_parser": "qwen3"}])
 def test_servers_that_cannot_be_measured_are_refused(setting: dict[str, Any]) -> None:
-    good = {"enable_cache_report": True, "reasoning_parser": None}
+    good = {"enable_metrics": True, "reasoning_parser": None}
     check_settings(good)
     with pytest.raises(SystemExit):
         check_settings(good | setting)
@@ -254,12 +259,13 @@ def test_servers_that_cannot_be_measured_are_refused(setting: dict[str, Any]) ->
 
 def test_frontend_knows_what_it_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text that an earlier request has sent or got is known, also to requests that fork from it."""
-    monkeypatch.setattr(agent_frontend, "tokenize", lambda _, prompt, **__: list(prompt.encode()))
+    monkeypatch.setattr(frontend, "tokenize", lambda _, prompt, **__: list(prompt.encode()))
 
-    def sent(text: str, reply: str) -> Sent:
+    def sent(text: str, reply: str) -> tuple[str, Answer]:
         info = {"prompt_tokens": len(text), "cached_tokens": 0, "completion_tokens": len(reply)}
-        return Sent(1, REASONING, text, reply, info, 1.0, 1.0)
+        times = {"request_received_ts": 1.0, "prefill_finished_time": 2.0}
+        return text, Answer.of(reply, info | times)
 
     record = [sent("abc", "de"), sent("abcdef", "g"), sent("abcdeh", "i"), sent("abcdehij", "")]
-    calls = agent_frontend.calls(Endpoint("http://host:1"), 0, record)
-    assert [(call.known, call.new) for call in calls] == [(0, 3), (5, 1), (5, 1), (7, 1)]
+    answers = frontend.with_known(Endpoint("http://host:1"), record)
+    assert [(answer.known, answer.new) for answer in answers] == [(0, 3), (5, 1), (5, 1), (7, 1)]

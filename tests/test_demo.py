@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from bench.chats.checks import problems
-from bench.chats.questions import QUESTIONS
-from bench.chats.report import excerpts, gain, measured
-from bench.chats.turns import First, Outcome, Second
+from bench.agent.answers import Answer
+from bench.demo import HELD, POOL, QUESTIONS, SHOWN, Outcome, draw, excerpts, measured, problems
 
-HELD, POOL = 128, 1280
-WRITTEN = First(prompt=45, generated=448, slots=160, rounds=11, text="Once.\n\nThe end.")
+WRITTEN = Answer(
+    text="Once.\n\nThe end.",
+    prompt=45,
+    cached=30,
+    generated=448,
+    first_token_s=0.1,
+    rounds=11,
+    evicted=333,
+    slots=160,
+    compressed=False,
+)
+GONE_ON = replace(WRITTEN, prompt=510, cached=488, first_token_s=0.5, compressed=True)
 POLICY = Outcome(
     name="triattention",
     first=[WRITTEN] * 8,
-    second=[Second(prompt=510, cached=488, first_token_s=0.5)] * 8,
+    second=[GONE_ON] * 8,
     seconds=64.0,
     running=8.0,
     retracted=0,
     peak_slots=1200,
     held=HELD,
-    compressed=8,
 )
 STOCK = replace(
     POLICY,
     name="stock",
     first=[replace(WRITTEN, slots=493, rounds=0)] * 8,
-    second=[Second(prompt=510, cached=51, first_token_s=4.0)] * 8,
+    second=[replace(GONE_ON, cached=51, first_token_s=4.0, compressed=False)] * 8,
     seconds=128.0,
     running=3.25,
     retracted=2,
     peak_slots=POOL,
     held=0,
-    compressed=0,
 )
 
 
 def test_a_demo_as_it_should_be_has_no_problems() -> None:
-    assert problems(POLICY, STOCK, HELD, POOL) == []
+    assert problems(POLICY, STOCK) == []
 
 
 @pytest.mark.parametrize(
@@ -50,38 +57,45 @@ def test_a_demo_as_it_should_be_has_no_problems() -> None:
             "1 of 8 chats had nothing evicted",
         ),
         ({"held": 129}, "a request held 129 generated tokens, more than 128"),
-        ({"compressed": 4}, "only 4 of 8 chats went on from compressed history"),
-        ({"second": STOCK.second}, "10% of the second turn was cached, not 60%"),
+        (
+            {"second": [GONE_ON, replace(GONE_ON, compressed=False)] * 4},
+            "only 4 of 8 chats went on from compressed history",
+        ),
+        (
+            {"second": [replace(GONE_ON, cached=51)] * 8},
+            "10% of the second turn was cached, not 60%",
+        ),
         ({"seconds": 128.0}, "no more tokens/s than stock SGLang"),
         ({"peak_slots": 1281}, "triattention had 1281 slots in use, of 1280"),
     ],
 )
 def test_what_is_missing_is_a_problem(changes: dict[str, object], problem: str) -> None:
-    assert problems(replace(POLICY, **changes), STOCK, HELD, POOL) == [problem]  # type: ignore[arg-type]
+    assert problems(replace(POLICY, **changes), STOCK) == [problem]  # type: ignore[arg-type]
 
 
 def test_stock_has_to_keep_to_the_pool_too() -> None:
-    found = problems(POLICY, replace(STOCK, peak_slots=1281), HELD, POOL)
+    found = problems(POLICY, replace(STOCK, peak_slots=1281))
     assert found == ["stock had 1281 slots in use, of 1280"]
 
 
 def test_table() -> None:
-    assert measured(POLICY, STOCK).splitlines() == [
-        "                                    triattention      stock",
-        "First turn: requests at once, mean           8.0        3.2",
-        "  generated tokens/s                        56.0       28.0",
-        "  seconds until all had finished              64        128",
-        "  KV slots of a chat of 493 tokens           160        493",
-        "Second turn: prompt tokens                 4,080      4,080",
-        "  of them cached                     3,904 (96%)  408 (10%)",
-        "  first token after, median                0.5 s      4.0 s",
-        "Both: peak KV slots                        1,200      1,280",
-        "  requests retracted                           0          2",
+    rows = measured(POLICY, STOCK).splitlines()
+    assert [" ".join(row.split()) for row in rows[:10]] == [
+        "triattention stock",
+        "First turn: requests at once, mean 8.0 3.2",
+        "generated tokens/s 56.0 28.0",
+        "seconds until all had finished 64 128",
+        "KV slots of a chat of 493 tokens 160 493",
+        "Second turn: prompt tokens 4,080 4,080",
+        "of them cached 3,904 (96%) 408 (10%)",
+        "first token after, median 0.5 s 4.0 s",
+        "Both: peak KV slots 1,200 1,280",
+        "requests retracted 0 2",
     ]
 
 
 def test_gain() -> None:
-    assert gain(POLICY, STOCK, POOL) == (
+    assert measured(POLICY, STOCK).splitlines()[-1] == (
         "In the same 1,280 KV slots: 2.0 times the tokens/s; in the second turn the first token "
         "after 0.5 s instead of 4.0 s."
     )
@@ -89,9 +103,9 @@ def test_gain() -> None:
 
 def test_excerpts_are_the_ends_of_both_texts() -> None:
     longer = replace(STOCK, first=[replace(WRITTEN, text="x" * 400 + " is all.")] * 8)
-    lines = excerpts("Why?", POLICY, longer, 0, HELD).splitlines()
+    lines = excerpts(POLICY, longer).splitlines()
     assert lines[:4] == [
-        "Asked: Why?",
+        f"Asked: {QUESTIONS[SHOWN]}",
         "triattention, which keeps at most 128 of the 448 tokens it writes, ends:",
         "  | Once.",
         "  | The end.",
@@ -103,3 +117,8 @@ def test_excerpts_are_the_ends_of_both_texts() -> None:
 
 def test_no_two_chats_ask_the_same() -> None:
     assert len(set(QUESTIONS)) == len(QUESTIONS)
+
+
+def test_picture_is_a_png(tmp_path: Path) -> None:
+    draw(POLICY, STOCK, "model", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -1,1 +1,1 @@
-"""What `bench.agents` and `bench.frontend_program` are made of."""
+"""What `bench.agents` is made of, and the answers that `bench.demo` reads too."""

@@ -1,113 +1,130 @@
-"""Tables, JSON and the picture of what was measured with agents."""
+"""What the bench of agents tells: tables, and goals with what was measured."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from bench.agent.arms import Outcome
-from bench.agent.calls import Call
+from bench.agent.answers import Answer
+from bench.agent.loops import EXACT
 from bench.goal import Goal
-from bench.machine import machine
 from bench.table import table
+from sglang_tri.config import KvPolicyConfig
+
+PROMPT, CONTINUATION, STOCK, RADIX_OFF = "prompt", "continuation", "stock", "radix-off"
+FASTER, LONG_REASONING = 0.2, 1000
+RECENT = KvPolicyConfig.recent
 
 
-def report(
-    outcomes: list[Outcome], goals: list[Goal], arguments: dict[str, Any], output: Path
-) -> None:
-    """Print the tables and the goals; write the JSON, and the picture beside it."""
-    print(arm_table(outcomes), turn_table(outcomes), *map(str, goals), sep="\n\n")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "machine": machine(),
-        "arguments": arguments,
-        "goals": [asdict(goal) for goal in goals],
-        "arms": [outcome.to_dict() for outcome in outcomes],
-    }
-    output.write_text(json.dumps(result, indent=1, default=str))
-    draw(outcomes, output.with_suffix(".png"))
-    print(f"\nWritten: {output}, {output.with_suffix('.png')}")
+@dataclass
+class Outcome:
+    """What one arm did, without its warm-up.
+
+    Attributes:
+        seconds: of all its turns.
+        peak_slots: most KV slots in use.
+    """
+
+    name: str
+    answers: list[Answer] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_slots: int = 0
 
 
 def arm_table(outcomes: list[Outcome]) -> str:
-    """One row for each arm."""
-    paths = _paths(outcomes)
-    header = ["arm", "tokens/s", "peak slots", "rounds", "evicted", "cached", "prefilled"]
-    rows = [[*header, *(f"hits {path}" for path in paths)]]
-    for outcome in outcomes:
-        peak = "n/a" if outcome.peak_slots is None else str(outcome.peak_slots)
-        counters = [str(outcome.policy.get(name, "")) for name in ("rounds", "evicted_tokens")]
-        speed = f"{outcome.tokens_per_second:.0f}"
-        counts = _counts(outcome.calls)
-        rows.append([outcome.name, speed, peak, *counters, *counts, *_rates(outcome.calls, paths)])
+    """One row for each arm; hits are the cached share of the prompts' tokens."""
+    counts = ("rounds", "evicted", "cached", "prefilled")
+    paths = list(dict.fromkeys(answer.path for answer in outcomes[0].answers))
+    rows = [["arm", "tokens/s", "peak slots", *counts, *(f"hits {path}" for path in paths)]]
+    for arm in outcomes:
+        row = [arm.name, f"{_sum(arm.answers, 'generated') / arm.seconds:.0f}", str(arm.peak_slots)]
+        row += [str(_sum(arm.answers, count)) for count in counts]
+        for path in paths:
+            mine = [answer for answer in arm.answers if answer.path == path]
+            row.append(f"{_sum(mine, 'cached') / _sum(mine, 'prompt'):.1%}")
+        rows.append(row)
     return table(rows)
 
 
 def turn_table(outcomes: list[Outcome]) -> str:
     """One row for each kind of request in each turn of each arm."""
-    paths = _paths(outcomes)
-    header = ["arm", "turn", "request", "first token p50", "p95", "cached", "prefilled", "new"]
-    rows = [[*header, *(f"hits {path}" for path in paths)]]
-    for outcome in outcomes:
-        for turn, kind in _steps(outcome.calls):
-            calls = _step(outcome.calls, turn, kind)
-            times = [f"{1e3 * second:.0f} ms" for second in _percentiles(calls)]
-            new = str(sum(call.new for call in calls))
-            counts = [*_counts(calls), new]
-            rows.append([outcome.name, str(turn), kind, *times, *counts, *_rates(calls, paths)])
+    counts = ("cached", "prefilled", "new")
+    rows = [["arm", "turn", "request", "first token p50", "p95", *counts]]
+    for arm in outcomes:
+        requests = defaultdict(list)
+        for answer in arm.answers:
+            requests[answer.turn, answer.kind].append(answer)
+        for (turn, kind), answers in requests.items():
+            times = np.percentile([1e3 * answer.first_token_s for answer in answers], [50, 95])
+            row = [arm.name, str(turn), kind, *(f"{time:.0f} ms" for time in times)]
+            rows.append([*row, *(str(_sum(answers, count)) for count in counts)])
     return table(rows)
 
 
-def draw(outcomes: list[Outcome], path: Path) -> None:
-    """Time to first token by turn and request: a line for each arm, up to p95 in a lighter tone."""
-    figure = Figure(figsize=(9, 5), layout="tight")
-    axes = figure.subplots()
-    for outcome in outcomes:
-        steps = _steps(outcome.calls)
-        times = [_percentiles(_step(outcome.calls, turn, kind)) for turn, kind in steps]
-        labels = [f"{turn}\n{kind}" for turn, kind in steps]
-        medians, highs = zip(*times, strict=True)
-        (line,) = axes.plot(labels, medians, marker="o", label=outcome.name)
-        axes.fill_between(labels, medians, highs, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="turn", ylabel="time to first token, s", ylim=(0, None))
-    axes.set_title("Time to first token by turn: p50 (line) to p95 (shade)")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def _sum(answers: list[Answer], count: str) -> int:
+    return sum(getattr(answer, count) for answer in answers)
 
 
-def _paths(outcomes: list[Outcome]) -> list[str]:
-    return list(dict.fromkeys(call.path for outcome in outcomes for call in outcome.calls))
+def judge(outcomes: list[Outcome], reasoning: int) -> list[Goal]:
+    """All goals of these arms, or of the one server of `--base-url`.
+
+    Args:
+        reasoning: tokens in a turn.
+    """
+    if len(outcomes) == 1:
+        return _only_new(outcomes[0])
+    arms = {outcome.name: outcome for outcome in outcomes}
+    return [
+        *_only_new(arms[STOCK]),
+        *_only_new(arms[CONTINUATION]),
+        *(_shared_hits(arms[name], arms[STOCK]) for name in (PROMPT, CONTINUATION)),
+        _first_token(arms[CONTINUATION], arms[PROMPT], reasoning),
+    ]
 
 
-def _steps(calls: Iterable[Call]) -> list[tuple[int, str]]:
-    """Turn and kind of all requests, in order."""
-    return list(dict.fromkeys((call.turn, call.kind) for call in calls))
+def _only_new(arm: Outcome) -> list[Goal]:
+    """A later request prefills what is new; one goal for each path."""
+    goals = []
+    for path in dict.fromkeys(answer.path for answer in arm.answers):
+        later = [answer for answer in arm.answers if answer.path == path and answer.known]
+        worst = max((answer.prefilled - answer.new for answer in later), default=0)
+        prefilled, new = _sum(later, "prefilled"), _sum(later, "new")
+        text = f"{arm.name}, {path}: later requests prefill new tokens and at most {RECENT} more"
+        measured = (
+            f"at most {worst} more; {prefilled} prefilled, {new} new in {len(later)} requests"
+        )
+        # Text may be tokenised anew in another way: no fault of the server's.
+        goals.append(Goal(text, measured, worst <= RECENT if later else None, path == EXACT))
+    return goals
 
 
-def _step(calls: Iterable[Call], turn: int, kind: str) -> list[Call]:
-    return [call for call in calls if (call.turn, call.kind) == (turn, kind)]
+def _shared_hits(arm: Outcome, stock: Outcome) -> Goal:
+    ours, theirs = (
+        min(answer.cached for answer in outcome.answers if not answer.known)
+        for outcome in (arm, stock)
+    )
+    text = f"{arm.name}: the shared prompt hits as in stock"
+    return Goal(text, f"{ours} tokens cached at least, stock {theirs}", ours == theirs, True)
 
 
-def _percentiles(calls: Sequence[Call]) -> tuple[float, float]:
-    """p50 and p95 of the time to first token, in seconds."""
-    p50, p95 = np.percentile([call.first_token_s for call in calls], [50, 95])
-    return float(p50), float(p95)
+def _first_token(arm: Outcome, baseline: Outcome, reasoning: int) -> Goal:
+    text = f"{arm.name}: time to first token of later turns <= {FASTER} x {baseline.name}'s"
+    waited = [waits(outcome.answers) for outcome in (arm, baseline)]
+    if reasoning < LONG_REASONING or not all(waited):
+        needed = f"needs --reasoning {LONG_REASONING} or more, and --turns 2"
+        return Goal(text, needed, None, False)
+    ours, theirs = map(median, waited)
+    measured = f"{ours / theirs:.2f} x (medians {ours:.2f} s, {theirs:.2f} s)"
+    return Goal(text, measured, ours / theirs <= FASTER, False)
 
 
-def _counts(calls: Sequence[Call]) -> list[str]:
-    return [str(sum(call.cached for call in calls)), str(sum(call.prefilled for call in calls))]
-
-
-def _rates(calls: Sequence[Call], paths: list[str]) -> list[str]:
-    """Cached share of the prompts' tokens on each path."""
-    rates = []
-    for path in paths:
-        mine = [call for call in calls if call.path == path]
-        rates.append(f"{sum(c.cached for c in mine) / sum(c.prompt for c in mine):.1%}")
-    return rates
+def waits(answers: list[Answer]) -> list[float]:
+    """Seconds that each agent waited for first tokens in each turn after the first."""
+    turns: dict[tuple[str, int, int], float] = defaultdict(float)
+    for answer in answers:
+        if answer.turn > 1:
+            turns[answer.path, answer.agent, answer.turn] += answer.first_token_s
+    return list(turns.values())

@@ -6,123 +6,67 @@ Every argument is bounded, so that a model of random weights ends its calls too.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any
 
 Schema = dict[str, Any]
-OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "add": lambda a, b: a + b,
-    "subtract": lambda a, b: a - b,
-    "multiply": lambda a, b: a * b,
-}
+OPERATIONS = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+LONGEST_CALL = 160
+"""Tokens; a call ends before that in any tokenizer."""
 
 
-@dataclass(frozen=True)
-class Tool:
-    """A tool.
-
-    Attributes:
-        name: how a call names it; the `Toolbox` method of that name does the work.
-        description: for the model.
-        arguments: JSON schema of each argument; all are required.
-    """
-
-    name: str
-    description: str
-    arguments: dict[str, Schema]
-
-    @property
-    def call_schema(self) -> Schema:
-        """JSON schema of a call."""
-        arguments = _closed_object(self.arguments)
-        return _closed_object({"name": {"const": self.name}, "arguments": arguments})
+def calculate(operation: str, a: int, b: int) -> dict[str, Any]:
+    """Adds, subtracts or multiplies two integers."""
+    return {"result": OPERATIONS[operation](a, b)}
 
 
-def _closed_object(properties: dict[str, Schema]) -> Schema:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+def count_text(text: str) -> dict[str, Any]:
+    """Counts characters, words and different letters."""
+    letters = len(set(text) - {" "})
+    return {"characters": len(text), "words": len(text.split()), "letters": letters}
+
+
+def shift_date(month: int, days: int) -> dict[str, Any]:
+    """The date that lies some days after the first day of a month of 2026, with its weekday."""
+    day = date(2026, month, 1) + timedelta(days)
+    return {"date": day.isoformat(), "weekday": day.strftime("%A")}
 
 
 def _integer(smallest: int, largest: int) -> Schema:
     return {"type": "integer", "minimum": smallest, "maximum": largest}
 
 
-def _text(longest: int) -> Schema:
-    # Letters: neither escapes nor the text of special tokens, which tokenizers read in two ways.
-    return {"type": "string", "pattern": f"^[a-z ]{{1,{longest}}}$"}
+def _call(tool: Callable[..., Any], **arguments: Schema) -> Schema:
+    """JSON schema of the calls of a tool, from those of its arguments."""
+
+    def closed(**properties: Schema) -> Schema:
+        required = list(properties)
+        fields = {"properties": properties, "required": required, "additionalProperties": False}
+        return {"type": "object", **fields}
+
+    return closed(name={"const": tool.__name__}, arguments=closed(**arguments))
 
 
-TOOLS = (
-    Tool(
-        "calculate",
-        "Adds, subtracts or multiplies two integers.",
-        {"operation": {"enum": list(OPERATIONS)}, "a": _integer(0, 9999), "b": _integer(0, 9999)},
-    ),
-    Tool("count_text", "Counts characters, words and different letters.", {"text": _text(24)}),
-    Tool(
-        "shift_date",
-        "The date that lies some days after the first day of a month of 2026, with its weekday.",
-        {"month": _integer(1, 12), "days": _integer(0, 999)},
-    ),
-    Tool(
-        "take_note",
-        "Writes a value into the notebook and returns the whole notebook.",
-        {"key": _text(8), "value": _text(16)},
-    ),
-    Tool(
-        "sort_numbers",
-        "Sorts integers and returns them with their median.",
-        {
-            "numbers": {
-                "type": "array",
-                "items": _integer(0, 999),
-                "minItems": 1,
-                "maxItems": 6,
-            }
-        },
-    ),
-)
-CALL_SCHEMA: Schema = {"anyOf": [tool.call_schema for tool in TOOLS]}
+NUMBER = _integer(0, 9999)
+# Letters: neither escapes nor the text of special tokens, which tokenizers read in two ways.
+TEXT = {"type": "string", "pattern": "^[a-z ]{1,24}$"}
+TOOLS: dict[Callable[..., Any], Schema] = {
+    calculate: _call(calculate, operation={"enum": list(OPERATIONS)}, a=NUMBER, b=NUMBER),
+    count_text: _call(count_text, text=TEXT),
+    shift_date: _call(shift_date, month=_integer(1, 12), days=_integer(0, 999)),
+}
+"""Each with the JSON schema of its calls."""
+CALL_SCHEMA = {"anyOf": list(TOOLS.values())}
 
 
-class Toolbox:
-    """One agent's tools, with its notebook."""
+def execute(call: str) -> str:
+    """Run one call, as the model wrote it; returns the result as JSON.
 
-    def __init__(self) -> None:
-        self._notes: dict[str, str] = {}
-        self._tools = {tool.name: getattr(self, tool.name) for tool in TOOLS}
-
-    def execute(self, call: str) -> str:
-        """Run one call, as the model wrote it; returns the result as JSON.
-
-        Raises:
-            ValueError: the call is no JSON.
-            KeyError: there is no such tool.
-        """
-        request = json.loads(call)
-        return json.dumps(self._tools[request["name"]](**request["arguments"]))
-
-    def calculate(self, operation: str, a: int, b: int) -> dict[str, Any]:
-        return {"result": OPERATIONS[operation](a, b)}
-
-    def count_text(self, text: str) -> dict[str, Any]:
-        letters = len(set(text) - {" "})
-        return {"characters": len(text), "words": len(text.split()), "letters": letters}
-
-    def shift_date(self, month: int, days: int) -> dict[str, Any]:
-        day = date(2026, month, 1) + timedelta(days)
-        return {"date": day.isoformat(), "weekday": day.strftime("%A")}
-
-    def take_note(self, key: str, value: str) -> dict[str, Any]:
-        self._notes[key] = value
-        return {"notes": self._notes}
-
-    def sort_numbers(self, numbers: list[int]) -> dict[str, Any]:
-        ordered = sorted(numbers)
-        return {"sorted": ordered, "median": ordered[len(ordered) // 2]}
+    Raises:
+        ValueError: the call is no JSON, or names no tool.
+    """
+    request = json.loads(call)
+    (tool,) = (tool for tool in TOOLS if tool.__name__ == request["name"])
+    return json.dumps(tool(**request["arguments"]))

@@ -1,1 +1,0 @@
-"""What `bench.demo` is made of."""
