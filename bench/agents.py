@@ -55,7 +55,8 @@ def pairs(arguments: argparse.Namespace) -> list[list[Arm]]:
 
 def measure(arguments: argparse.Namespace) -> list[Outcome]:
     """All arms, or the one server of `--base-url`."""
-    with tqdm(unit="turn") as bar:
+    servers, turns = 1 if arguments.base_url else 4, 1 if arguments.frontend else arguments.turns
+    with tqdm(total=servers * turns, unit="turn") as bar:
         if arguments.base_url:
             endpoint = Endpoint(arguments.base_url.rstrip("/"))
             check_settings(endpoint.server_info())
@@ -65,8 +66,8 @@ def measure(arguments: argparse.Namespace) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for pair in pairs(arguments):
             bar.set_description("starting " + " and ".join(arm.name for arm in pair))
-            with running(pair, model, folder, bar.refresh) as servers:
-                outcomes += alternate(servers, arguments, bar)
+            with running(pair, model, folder, bar.refresh) as started:
+                outcomes += alternate(started, arguments, bar)
         return outcomes
 
 

@@ -28,7 +28,7 @@ from statistics import fmean, median
 from tqdm import tqdm
 
 from bench import metrics
-from bench.agent.answers import Answer, chat, chat_client
+from bench.agent.answers import Answer, chat, chat_client, total
 from bench.arms import Arm, running, triattention
 from bench.machine import machine
 from bench.models import ModelUnavailable, get
@@ -85,7 +85,7 @@ class Outcome:
     @property
     def tokens_per_second(self) -> float:
         """Of the first turn."""
-        return sum(answer.generated for answer in self.first) / self.seconds
+        return total(self.first, "generated") / self.seconds
 
     @property
     def slots(self) -> int:
@@ -93,14 +93,9 @@ class Outcome:
         return max(answer.slots for answer in self.first)
 
     @property
-    def prompts(self) -> int:
-        """Tokens of the second turn."""
-        return sum(answer.prompt for answer in self.second)
-
-    @property
-    def cached(self) -> int:
-        """Of these."""
-        return sum(answer.cached for answer in self.second)
+    def cached_share(self) -> float:
+        """Of the prompts of the second turn."""
+        return total(self.second, "cached") / total(self.second, "prompt")
 
     @property
     def first_token_s(self) -> float:
@@ -183,8 +178,8 @@ def measured(policy: Outcome, stock: Outcome) -> str:
         "  generated tokens/s": lambda o: f"{o.tokens_per_second:.1f}",
         "  seconds until all had finished": lambda o: f"{o.seconds:.0f}",
         f"  KV slots of a chat of {whole} tokens": lambda o: f"{o.slots:,}",
-        "Second turn: prompt tokens": lambda o: f"{o.prompts:,}",
-        "  of them cached": lambda o: f"{o.cached:,} ({o.cached / o.prompts:.0%})",
+        "Second turn: prompt tokens": lambda o: f"{total(o.second, 'prompt'):,}",
+        "  of them cached": lambda o: f"{total(o.second, 'cached'):,} ({o.cached_share:.0%})",
         "  first token after, median": lambda o: f"{o.first_token_s:.1f} s",
         "Both: peak KV slots": lambda o: f"{o.peak_slots:,}",
         "  requests retracted": lambda o: str(o.retracted),
@@ -217,19 +212,19 @@ def problems(policy: Outcome, stock: Outcome) -> list[str]:
     chats = len(policy.first)
     untouched = sum(answer.rounds == 0 for answer in policy.first)
     compressed = sum(answer.compressed for answer in policy.second)
-    share = policy.cached / policy.prompts
-    checks = {
-        f"{untouched} of {chats} chats had nothing evicted": untouched,
+    share, ours, theirs = policy.cached_share, policy.tokens_per_second, stock.tokens_per_second
+    few = f"only {compressed} of {chats} chats went on from compressed history"
+    found = {
+        f"{untouched} of {chats} chats had nothing evicted": untouched > 0,
         f"a request held {policy.held} generated tokens, more than {HELD}": policy.held > HELD,
-        f"only {compressed} of {chats} chats went on from compressed history": compressed
-        <= chats // 2,
+        few: compressed <= chats // 2,
         f"{share:.0%} of the second turn was cached, not {CACHED:.0%}": share < CACHED,
-        "no more tokens/s than stock SGLang": policy.tokens_per_second <= stock.tokens_per_second,
+        "no more tokens/s than stock SGLang": ours <= theirs,
     }
     for outcome in (policy, stock):
         text = f"{outcome.name} had {outcome.peak_slots} slots in use, of {POOL}"
-        checks[text] = outcome.peak_slots > POOL
-    return [problem for problem, found in checks.items() if found]
+        found[text] = outcome.peak_slots > POOL
+    return [problem for problem, there in found.items() if there]
 
 
 def draw(policy: Outcome, stock: Outcome, model: str, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,11 @@ class Answer:
     def new(self) -> int:
         """Of the prompt, what the agent has neither sent nor got before."""
         return self.prompt - self.known
+
+
+def total(answers: Iterable[Answer], count: str) -> int:
+    """The sum of one count, named as in `Answer`."""
+    return sum(getattr(answer, count) for answer in answers)
 
 
 def chat_client(endpoint: Endpoint) -> openai.OpenAI:

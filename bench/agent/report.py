@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 
-from bench.agent.answers import Answer
+from bench.agent.answers import Answer, total
 from bench.agent.loops import EXACT
 from bench.goal import Goal
 from bench.table import table
@@ -40,11 +40,15 @@ def arm_table(outcomes: list[Outcome]) -> str:
     paths = list(dict.fromkeys(answer.path for answer in outcomes[0].answers))
     rows = [["arm", "tokens/s", "peak slots", *counts, *(f"hits {path}" for path in paths)]]
     for arm in outcomes:
-        row = [arm.name, f"{_sum(arm.answers, 'generated') / arm.seconds:.0f}", str(arm.peak_slots)]
-        row += [str(_sum(arm.answers, count)) for count in counts]
+        row = [
+            arm.name,
+            f"{total(arm.answers, 'generated') / arm.seconds:.0f}",
+            str(arm.peak_slots),
+        ]
+        row += [str(total(arm.answers, count)) for count in counts]
         for path in paths:
             mine = [answer for answer in arm.answers if answer.path == path]
-            row.append(f"{_sum(mine, 'cached') / _sum(mine, 'prompt'):.1%}")
+            row.append(f"{total(mine, 'cached') / total(mine, 'prompt'):.1%}")
         rows.append(row)
     return table(rows)
 
@@ -60,12 +64,8 @@ def turn_table(outcomes: list[Outcome]) -> str:
         for (turn, kind), answers in requests.items():
             times = np.percentile([1e3 * answer.first_token_s for answer in answers], [50, 95])
             row = [arm.name, str(turn), kind, *(f"{time:.0f} ms" for time in times)]
-            rows.append([*row, *(str(_sum(answers, count)) for count in counts)])
+            rows.append([*row, *(str(total(answers, count)) for count in counts)])
     return table(rows)
-
-
-def _sum(answers: list[Answer], count: str) -> int:
-    return sum(getattr(answer, count) for answer in answers)
 
 
 def judge(outcomes: list[Outcome], reasoning: int) -> list[Goal]:
@@ -91,7 +91,7 @@ def _only_new(arm: Outcome) -> list[Goal]:
     for path in dict.fromkeys(answer.path for answer in arm.answers):
         later = [answer for answer in arm.answers if answer.path == path and answer.known]
         worst = max((answer.prefilled - answer.new for answer in later), default=0)
-        prefilled, new = _sum(later, "prefilled"), _sum(later, "new")
+        prefilled, new = total(later, "prefilled"), total(later, "new")
         text = f"{arm.name}, {path}: later requests prefill new tokens and at most {RECENT} more"
         measured = (
             f"at most {worst} more; {prefilled} prefilled, {new} new in {len(later)} requests"
