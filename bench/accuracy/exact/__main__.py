@@ -2,8 +2,8 @@
 
 Servers of a small model (the reference model, unless another is named) run with the dtype, the
 attention backend and the page sizes that are asked for; the float32 simulator judges them here, on
-the CPU, and needs no GPU. The parts, for each page size, are
-identical, outputs, turns, pool, rows and graphs: docs/exact.md says what each of them needs.
+the CPU, and needs no GPU. The parts are identical, outputs, turns, pool, rows and graphs;
+docs/exact.md says what they need.
 
 Further arguments for all servers stand after `--`. Exit status 1 if a part fails, or if a signal or
 `--limit` ends the check before it is done.
@@ -36,8 +36,6 @@ from .parts import Part, Result, need, show, show_servers, write
 from .questions import Questions
 from .servers import BUDGET, INTERVAL, KINDS, Fleet, arms, describe, graph_share, trace
 
-# A CPU is busy with two; on a GPU those of the next page size start meanwhile.
-FEWEST_AT_ONCE, MOST_AT_ONCE = 2, 8
 # Of a GPU's memory, for one server; with its weights and graphs it takes about half of it.
 SERVER_BYTES = 6 << 30
 WITHOUT_GRAPHS = "turns, no prefill graphs"
@@ -48,10 +46,7 @@ LEAST_IN_GRAPHS = 0.9
 class Check:
     """All parts, one after the other; what is known is written as soon as it is.
 
-    Args:
-        given: the command line.
-        gpu: whether servers run on one.
-        folder: for logs and traces.
+    given: the command line; gpu: whether servers run on one; folder: for logs and traces.
     """
 
     def __init__(self, given: argparse.Namespace, gpu: bool, folder: Path) -> None:
@@ -62,13 +57,13 @@ class Check:
         about = {"machine": seen.machine, "arguments": sys.argv[1:], "dtype": given.dtype}
         about |= {"versions": {"sglang-tri": __version__, **versions()}}
         self.about = {**about, "budget": BUDGET, "interval": INTERVAL, "servers": {}}
-        self.questions = Questions(given.model_path)
+        self.questions, limits = Questions(given.model_path), Limits.of(given.dtype)
         official = folder / "stats.pt"
         stats.save_as(stats.load(given.stats), official)
-        limits = Limits.of(given.dtype)
         self.judge = Judge(given.model_path, official, self.questions.think_end, limits)
         made = [arm for page in given.page_size for arm in arms(page, given, gpu, folder)]
-        at_once = max(FEWEST_AT_ONCE, min(MOST_AT_ONCE, seen.free // SERVER_BYTES))
+        # A CPU is busy with two; on a GPU those of the next page size start meanwhile.
+        at_once = max(2, min(8, seen.free // SERVER_BYTES))
         self.fleet = Fleet(made, given.model_path, folder, at_once)
 
     def run(self) -> int:
@@ -78,8 +73,7 @@ class Check:
                 for page_size in self.given.page_size:
                     self._page(page_size)
         except CutOff as error:
-            cut = Result([need("the check runs to its end", error, False)])
-            self._add("cut off", 0, cut, 0.0)
+            self._add("cut off", 0, Result([need("the check runs to its end", error, False)]), 0.0)
         write(self.given.json, self.about, self.parts, finished=True)
         print(f"\n{show(self.parts)}\n\n{show_servers(self.about['servers'])}\n{self.given.json}")
         return 1 if any(part.ok is False for part in self.parts) else 0
@@ -112,9 +106,9 @@ class Check:
         return server, trace(self.folder, name), self.judge, self.questions, page_size
 
     def _graphs(self, server: Server) -> Result:
-        share = graph_share(server, "decode")
         asked = self.gpu and "--disable-cuda-graph" not in self.given.server_arguments
-        met = share is not None and share >= LEAST_IN_GRAPHS if asked else None
+        share = graph_share(server, "decode")
+        met = (share or 0.0) >= LEAST_IN_GRAPHS if asked else None
         text = f"at least {LEAST_IN_GRAPHS:.0%} of decode steps are replayed from graphs"
         return Result([need(text, share, met)])
 

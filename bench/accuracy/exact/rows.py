@@ -43,8 +43,8 @@ def check(trace: Path) -> Result:
         need(text, moved, not problems and rounds > 0),
         need("rounds follow one another", f"{followed} of {rounds}", followed > 0),
     ]
-    figures = {"requests": requests, "rounds": rounds, "rows": rows, "problems": problems[:20]}
-    return Result(goals, figures)
+    counts = {"requests": requests, "rounds": rounds, "rows": rows}
+    return Result(goals, {**counts, "problems": problems[:20]})
 
 
 def _candidates(done: Done, known: np.ndarray) -> np.ndarray:

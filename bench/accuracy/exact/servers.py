@@ -36,10 +36,7 @@ _ON_CPU = ["--sleep-on-idle"]
 def arms(page_size: int, given: argparse.Namespace, gpu: bool, folder: Path) -> list[Arm]:
     """One of each of KINDS, in the order in which they are used; the last on a GPU alone.
 
-    Args:
-        given: the command line.
-        gpu: whether they run on one.
-        folder: for what they record.
+    given: the command line; folder: for what they record.
     """
     common = [*_COMMON, *(_ON_GPU if gpu else _ON_CPU), "--dtype", given.dtype]
     common += ["--page-size", str(page_size)]
@@ -67,14 +64,7 @@ def trace(folder: Path, name: str) -> Path:
 
 
 class Fleet:
-    """Starts servers in the order in which they are used, some of them ahead.
-
-    Args:
-        arms: in that order.
-        model: model folder.
-        folder: for their logs.
-        at_once: how many there are at a time, at the most.
-    """
+    """Starts servers in the order in which they are used, `at_once` at a time; logs in `folder`."""
 
     def __init__(self, arms: Sequence[Arm], model: Path, folder: Path, at_once: int) -> None:
         self._waiting = list(arms)
@@ -121,8 +111,6 @@ def describe(server: Server) -> dict[str, Any]:
 
 def graph_share(server: Server, phase: str) -> float | None:
     """Of this phase's steps, how many were replayed from CUDA graphs; None if there were none."""
-    found = metrics.read(server.url)
-    graphs, others = (
-        found.get(f"cuda_graph_passes_total {phase}_{kind}", 0.0) for kind in ("cuda_graph", "none")
-    )
-    return graphs / (graphs + others) if graphs + others else None
+    found, name = metrics.read(server.url), f"cuda_graph_passes_total {phase}"
+    replayed, others = (found.get(f"{name}_{kind}", 0.0) for kind in ("cuda_graph", "none"))
+    return replayed / (replayed + others) if replayed + others else None

@@ -87,9 +87,9 @@ def trained(run: Run) -> str:
         f"Trained by `python -m bench.accuracy.reference_model.train`: {shape.kind}, "
         f"{shape.layers} layers, width {shape.hidden}, FFN {shape.ffn}, {shape.heads} query and "
         f"{shape.kv_heads} KV heads of {HEAD_DIM}, {count:,} parameters; "
-        f"seed {recipe.seed}, {run.step:,} steps, "
-        f"{run.seen:,} tokens, {run.seconds / 60:.0f} minutes, in the phases that docs/accuracy-study.md "
-        f"lists{added}. Data: instances of the tasks with seeds "
+        f"seed {recipe.seed}, {run.step:,} steps, {run.seen:,} tokens, "
+        f"{run.seconds / 60:.0f} minutes, in the phases that docs/accuracy-study.md lists{added}. "
+        "Data: instances of the tasks with seeds "
         f"below 2^{SEED_BITS}, drawn anew for each step, up to depth {depths}."
     )
 
