@@ -44,7 +44,7 @@ soak: .venv/.ready
 
 # All shapes that the kernels support, for four GPU architectures; no GPU is needed.
 kernels-all: .venv/.ready
-	$(PYTHON) -m bench.kernel_resources --all
+	$(PYTHON) -m tests.kernels.resources --all
 
 clean:
 	rm -rf .venv .uv .models results

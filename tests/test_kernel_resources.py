@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from bench import kernel_resources
-from bench.resources.compile import TARGETS
-from bench.resources.geometries import SHIPPED
+from tests.kernels.geometries import SHIPPED
+from tests.kernels.resources import BEGIN, DOCUMENT, END, TARGETS
 
 ROOT = Path(__file__).parents[1]
 MATRIX = {
@@ -33,7 +32,7 @@ Found = list[dict[str, Any]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Compiled in a process of its own, which has no interpreter in place of the compiler."""
     folder = tmp_path_factory.mktemp("resources")
-    command = [sys.executable, "-m", "bench.kernel_resources", "--json", str(folder / "json")]
+    command = [sys.executable, "-m", "tests.kernels.resources", "--json", str(folder / "json")]
     # SGLang, once imported, names another assembler than Triton's own.
     ours = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment = {**ours, "TRITON_CACHE_DIR": str(folder / "cache")}
@@ -136,7 +135,7 @@ def test_the_last_to_arrive_sees_what_others_wrote(found: Found) -> None:
 def test_kernels_look_at_no_argument() -> None:
     """So that there is one variant for each set of constants, whatever a round's numbers are."""
     code = (
-        "from bench.resources.compile import KERNELS\n"
+        "from tests.kernels.resources import KERNELS\n"
         "for kernel in KERNELS.values():\n"
         "    print(all(p.is_constexpr or p.do_not_specialize for p in kernel.params))"
     )
@@ -146,8 +145,7 @@ def test_kernels_look_at_no_argument() -> None:
 
 def test_the_table_in_the_documents_is_this_one(found: Found) -> None:
     """Registers may differ with the compiler's version; shapes and kernels may not."""
-    text = kernel_resources.DOCUMENT.read_text()
-    table = text.split(kernel_resources.BEGIN)[1].split(kernel_resources.END)[0]
+    table = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0]
     listed = re.findall(
         r"^\| (score|score, 2 buffers|select|compact) \| ([^|]+) \|", table, re.MULTILINE
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,19 +15,11 @@ from sglang_tri.kernels.pages import PagedBuffers
 from sglang_tri.kernels.queries import Queries
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """One model's attention, and how its KV cache is stored.
+class Geometry(NamedTuple):
+    """One model's attention, how its KV cache is stored, and how a policy scores and selects.
 
-    Attributes:
-        name: of the model.
-        query_heads, kv_heads, head_dim: of each layer.
-        rotary_dim: leading components that RoPE rotates; None stands for all.
-        interleaved: whether neighbours make a frequency pair.
-        dtype: of the cache.
-        page_size: tokens per page.
-        mode, keep_order: of the selection.
-        squared: whether squares of moduli are weighed.
+    RoPE rotates the first `rotary_dim` components, or all. With `squared`, squares of moduli are
+    weighed.
     """
 
     name: str
@@ -37,7 +28,7 @@ class Geometry:
     head_dim: int
     rotary_dim: int | None = None
     interleaved: bool = False
-    dtype: torch.dtype = field(default=torch.bfloat16)
+    dtype: torch.dtype = torch.bfloat16
     page_size: int = 1
     mode: str = "per-head"
     keep_order: bool = False
@@ -87,13 +78,7 @@ SHIPPED = (
     Geometry("Qwen3-8B, fp8 e5m2", 32, 8, 128, dtype=torch.float8_e5m2),
 )
 
-_DTYPES = (
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
+_DTYPES = tuple(dict.fromkeys(shape.dtype for shape in SHIPPED))
 
 
 def everything() -> Iterator[Geometry]:

@@ -1,1 +1,0 @@
-"""What compilers make of the kernels for GPUs that need not be here."""
