@@ -1,1 +1,0 @@
-"""Parts of `bench.kernels`: geometry, baselines, timing, goals and reports."""
