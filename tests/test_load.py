@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -70,14 +71,14 @@ def test_a_run(server: Running, client: Client, monkeypatch: pytest.MonkeyPatch)
     """All counts are those that follow from the workload."""
     monkeypatch.setattr(metrics, "PERIOD_S", 0.02)  # Or the most slots would not be seen.
     requests, system, question, output = 5, 40, 8, 3 * (BUDGET + INTERVAL) - 16
-    run = client.measure(
-        server.server, reasoning(requests, system, question, output), "arm", "pool"
-    )
+    began, workload = time.monotonic(), reasoning(requests, system, question, output)
+    run = client.measure(server.server, workload, "arm", "pool")
+    wall = time.monotonic() - began
     assert (run["workload"], run["arm"], run["pool"]) == ("reasoning", "arm", "pool")
     assert run["slots"] == 8192
     assert run["attention"] == "torch_native"
     seconds = run["duration"]
-    assert seconds < run["wall"] < seconds + 120
+    assert seconds < run["wall"] <= wall
     assert run[RATE] * seconds == pytest.approx(requests * output)
     assert run["request_throughput"] * seconds == pytest.approx(requests)
     # The first request is known, from the client's warm-up, up to its last token.
@@ -98,7 +99,7 @@ def test_a_run(server: Running, client: Client, monkeypatch: pytest.MonkeyPatch)
     # On average a request holds its prompt and half of its output, or most of its budget.
     low, high = (BUDGET // 2, most) if policy else (output / 3, 2 * output / 3)
     assert run["running"] * (prompt + low) <= run["read"] <= run["running"] * (prompt + high)
-    assert all(0 <= time <= seconds for time, _, _ in run["over_time"])
+    assert all(0 <= look <= seconds for look, _, _ in run["over_time"])
     assert 0 < run["median_ttft_ms"] <= run["p99_ttft_ms"] < 1000 * seconds
     assert 0 < run["median_itl_ms"] <= run["p99_itl_ms"] < 1000 * seconds
 
