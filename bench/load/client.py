@@ -19,10 +19,10 @@ from bench.metrics import Watch
 from bench.server import Server
 
 RATE = "output_throughput"
-PERCENTILES = ("median", "p95", "p99")
 FIGURES = (
     *("duration", RATE, "request_throughput"),
-    *(f"{each}_{what}_ms" for what in ("ttft", "itl") for each in PERCENTILES),
+    *("median_ttft_ms", "p95_ttft_ms", "p99_ttft_ms"),
+    *("median_itl_ms", "p95_itl_ms", "p99_itl_ms"),
 )
 """What is kept of the client's results, by its names: seconds, output tokens and requests per
 second, milliseconds to the first token and from one token to the next."""

@@ -31,7 +31,8 @@ ratio: to production; of repeats: the lowest and the highest of one repeat; 95%:
 geometric mean, by Student's t; to best: ratio to the best of production and its estimates; bytes
 allow: what the ratio would be if a step took as long as reading the weights and the KV slots of its
 batch, at the batch sizes that were measured; of limit: tokens/s to what this machine's copy
-bandwidth allows; between tokens: the client spreads the time between two chunks over their tokens.
+bandwidth allows; between tokens: the client spreads the time between two chunks over their tokens;
+running and peak slots: as SGLang's metrics show them, ten times a second.
 """
 _COLUMNS = {
     "workload": "{workload}",
@@ -150,7 +151,7 @@ def _row(runs: list[Run], stock: list[Run], best: float, traffic: Traffic) -> Ro
 
 
 def _interval(ratios: list[float]) -> str:
-    """Empty where one cannot be told."""
+    """At 95%; empty where there is one repeat, and for production itself."""
     if len(set(ratios)) < 2:
         return ""
     low, high = np.exp(ttest_1samp(np.log(ratios), 0).confidence_interval(0.95))
@@ -197,9 +198,8 @@ def _as_bytes_allow(where: str, bound: float, ratio: float, allowed: float) -> G
 
 def show(rows: list[Row]) -> str:
     """As a table."""
-    return table(
-        [[*_COLUMNS], *([text.format(**row) for text in _COLUMNS.values()] for row in rows)]
-    )
+    lines = [[text.format(**row) for text in _COLUMNS.values()] for row in rows]
+    return table([[*_COLUMNS], *lines])
 
 
 def draw(runs: Iterable[Run]) -> Figure:
