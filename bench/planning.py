@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
+import timeit
 from array import array
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from sglang_tri.request.request import Request
 from sglang_tri.round.run import KvCache
 
 BUDGET, INTERVAL, PROMPT = 256, 64, 128
+LENGTH = PROMPT + BUDGET + INTERVAL
 REPEATS = 200
 
 
@@ -30,33 +32,32 @@ def measure(requests: int) -> dict[str, float]:
         due, divided by their number.
     """
     batch = _make_batch(requests)
-    scheduler.plan_rounds(batch)
-    idle = _median_us(lambda: scheduler.plan_rounds(batch), lambda: None)
-    due = _median_us(lambda: scheduler.plan_rounds(batch), lambda: _fill(batch))
+
+    def median_us(prepare: Callable[[], None]) -> float:
+        plan = timeit.Timer(lambda: scheduler.plan_rounds(batch), prepare)
+        return 1e6 * statistics.median(plan.repeat(REPEATS, number=1))
+
+    idle, due = median_us(lambda: None), median_us(lambda: _fill(batch))
     return {"requests": requests, "idle_step_us": idle, "due_request_us": due / requests}
-
-
-def _median_us(call: Any, prepare: Any) -> float:
-    times = []
-    for _ in range(REPEATS):
-        prepare()
-        began = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - began) * 1e6)
-    return statistics.median(times)
 
 
 def _make_batch(requests: int) -> Any:
     """A decode batch whose requests have just been prefilled."""
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 
-    length = PROMPT + BUDGET + INTERVAL
-    size = requests * length
     cache = [torch.zeros(1, 1, 2)]
     settings = KvPolicyConfig(policy="streaming", budget=BUDGET, interval=INTERVAL)
     engine = Engine(settings, KvCache.of(cache, cache, 1), requests + 1)
+    size = requests * LENGTH
     allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, need_sort=False)
-    rows = allocator.alloc(size).view(requests, length).int()
+    sglang: Any = SimpleNamespace(
+        enable_overlap=False,
+        req_to_token_pool=SimpleNamespace(
+            req_to_token=allocator.alloc(size).view(requests, LENGTH).int()
+        ),
+        token_to_kv_pool_allocator=allocator,
+    )
+    scheduler.activate(scheduler.Active(engine, sglang))
     reqs = [
         SimpleNamespace(
             req_pool_idx=index,
@@ -67,18 +68,12 @@ def _make_batch(requests: int) -> Any:
         )
         for index in range(requests)
     ]
-    sglang: Any = SimpleNamespace(
-        enable_overlap=False,
-        req_to_token_pool=SimpleNamespace(req_to_token=rows),
-        token_to_kv_pool_allocator=allocator,
+    lengths = torch.full((requests,), PROMPT)
+    batch: Any = SimpleNamespace(
+        reqs=reqs, seq_lens=lengths, seq_lens_cpu=lengths.clone(), seq_lens_sum=None
     )
-    scheduler.activate(scheduler.Active(engine, sglang))
-    return SimpleNamespace(
-        reqs=reqs,
-        seq_lens=torch.full((requests,), PROMPT),
-        seq_lens_cpu=torch.full((requests,), PROMPT),
-        seq_lens_sum=None,
-    )
+    scheduler.plan_rounds(batch)  # Regions open.
+    return batch
 
 
 def _fill(batch: Any) -> None:
@@ -86,5 +81,5 @@ def _fill(batch: Any) -> None:
     active = scheduler.active()
     active.engine._planned.clear()
     for req in batch.reqs:
-        scheduling.set_physical_length(req, PROMPT + BUDGET + INTERVAL)
+        scheduling.set_physical_length(req, LENGTH)
     active.scheduler.token_to_kv_pool_allocator.clear()  # type: ignore[attr-defined]
