@@ -1,12 +1,9 @@
 """All that a GPU has to show, in ten minutes: kernels are right, servers are exact, what it gains.
 
-    python -m bench.gpu
-
-Runs the kernel tests, `bench.accuracy.exact`, `bench.kernels`, `bench.serving --preset quick`; what
-is timed runs alone. A step that fails, or takes too long, does not stop the next one. Into
-`results/<card>/`: each step's log and JSON, and summary.json. Exit status 1 if a step failed. What
-follows `--` goes to all servers. `--device cpu` tries it out with tiny sizes, whose times mean
-nothing.
+`python -m bench.gpu` runs the kernel tests, `bench.accuracy.exact`, `bench.kernels` and `bench.serving
+--preset quick`; what is timed runs alone. A step that fails, or takes too long, does not stop the
+next one. Into `results/<card>/`: each step's log and JSON, and summary.json. Exit status 1 if a
+step failed. `--device cpu` tries it out with tiny sizes, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +18,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -59,32 +57,20 @@ class Step:
         return [*self.arguments[:2], *more, *self.arguments[2:]]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a step ended; `status` is None if it took too long."""
-
-    name: str
-    command: str
-    status: int | None
-    seconds: float
-
-    @property
-    def verdict(self) -> str:
-        if self.status is None:
-            return "too long"
-        return "ok" if self.status == 0 else f"FAILED ({self.status})"
-
-
 class Running:
-    """A step that has begun; its output goes into a log in `folder`."""
+    """A step that has begun; its output goes into a log in `folder`.
+
+    Attributes:
+        outcome: as in summary.json; `status` is None if it took too long, or still runs.
+    """
 
     def __init__(self, step: Step, folder: Path, left_s: float) -> None:
-        self.step = step
         self._began = time.monotonic()
         self._end = self._began + min(step.limit_s, left_s) - GRACE_S
         command = step.command(self._end - self._began)
-        self.shown = " ".join(["python", *command])
-        print(f"{step.name}: {self.shown}", flush=True)
+        shown = " ".join(["python", *command])
+        print(f"{step.name}: {shown}", flush=True)
+        self.outcome: dict[str, Any] = {"name": step.name, "command": shown, "status": None}
         with (folder / f"{step.name.replace(' ', '-')}.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *command],
@@ -92,49 +78,45 @@ class Running:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._status: int | None = None
-        self._seconds: float | None = None
 
     def poll(self) -> bool:
         """Look whether it has ended, or its time has, and note when it did."""
         status = self.process.poll()
         if status is None and time.monotonic() < self._end:
             return False
-        if self._seconds is None:
-            self._status, self._seconds = status, time.monotonic() - self._began
+        if "seconds" not in self.outcome:
+            self.outcome |= {"status": status, "seconds": time.monotonic() - self._began}
         return True
-
-    def outcome(self) -> Outcome:
-        return Outcome(self.step.name, self.shown, self._status, self._seconds or 0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     clock = Clock()
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     card = "cpu" if arguments.device == "cpu" else look().card
     if not card:
         print("There is no GPU here: --device cpu tries this out.", file=sys.stderr)
         return 2
     folder: Path = arguments.out or Path("results") / re.sub(r"[^a-z0-9]+", "-", card.lower())
     folder.mkdir(parents=True, exist_ok=True)
-    plan = steps(folder, arguments.device == "cpu", arguments.server_arguments)
-    wanted = arguments.steps or [step.name for group in plan for step in group]
-    outcomes: list[Outcome] = []
+    outcomes: list[dict[str, Any]] = []
     try:
         with cut_off(clock):
-            for group in plan:
-                chosen = [step for step in group if step.name in wanted]
-                left_s = arguments.limit - clock.seconds
-                outcomes += _run(chosen, folder, left_s)
+            for group in steps(folder, arguments.device == "cpu", arguments.server_arguments):
+                chosen = [step for step in group if step.name in (arguments.steps or step.name)]
+                outcomes += _run(chosen, folder, arguments.limit - clock.seconds)
                 # What was found stays if a later step is cut off.
-                found = {"card": card, "steps": [asdict(each) for each in outcomes]}
+                found = {"card": card, "steps": outcomes}
                 (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     except CutOff as error:
         print(error)
         return 1
-    rows = [[each.name, each.verdict, f"{each.seconds:.0f} s"] for each in outcomes]
-    print(table([["step", "", "time"], *rows]), f"written to {folder}", sep="\n")
-    return int(any(each.status != 0 for each in outcomes))
+    rows = [["step", "", "time"]]
+    for each in outcomes:
+        failed = "too long" if each["status"] is None else f"FAILED ({each['status']})"
+        verdict = "ok" if each["status"] == 0 else failed
+        rows.append([each["name"], verdict, f"{each['seconds']:.0f} s"])
+    print(table(rows), f"written to {folder}", sep="\n")
+    return int(any(each["status"] != 0 for each in outcomes))
 
 
 def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[Step]]:
@@ -173,7 +155,7 @@ def steps(folder: Path, tiny: bool, servers: Sequence[str] = ()) -> list[list[St
     ]
 
 
-def _run(chosen: Sequence[Step], folder: Path, left_s: float) -> list[Outcome]:
+def _run(chosen: Sequence[Step], folder: Path, left_s: float) -> list[dict[str, Any]]:
     """All at once, in `left_s` seconds at the most."""
     running: list[Running] = []
     with _ending(running):
@@ -182,7 +164,7 @@ def _run(chosen: Sequence[Step], folder: Path, left_s: float) -> list[Outcome]:
                 running.append(Running(step, folder, left_s))
         while sum(not each.poll() for each in running):
             time.sleep(_POLL_S)
-    return [each.outcome() for each in running]
+    return [each.outcome for each in running]
 
 
 @contextmanager
@@ -191,47 +173,32 @@ def _ending(running: Sequence[Running]) -> Iterator[None]:
     try:
         yield
     finally:
-        families = [_family(each.process) for each in running]
+        everyone: list[psutil.Process] = []
+        for each in running:
+            # Their servers have sessions of their own.
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(each.process.pid)
+                everyone += [process, *process.children(recursive=True)]
         for each in running:
             with suppress(ProcessLookupError):
                 os.killpg(each.process.pid, signal.SIGINT)
-        everyone = [process for family in families for process in family]
-        _, alive = psutil.wait_procs(everyone, GRACE_S)
-        for process in alive:
+        for process in psutil.wait_procs(everyone, GRACE_S)[1]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         for each in running:
             each.process.wait()
 
 
-def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A process and all below it, in whatever session."""
-    try:
-        parent = psutil.Process(process.pid)
-        return [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     names = [step.name for group in steps(Path(), False) for step in group]
-    parser.add_argument("--steps", nargs="+", choices=names, help="(default: all)")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, help="folder (default: results/<card>)")
-    parser.add_argument(
-        "--limit",
-        type=seconds_to_end,
-        default=LIMIT_S,
-        metavar="SECONDS",
-        help="in all (default: %(default)s)",
-    )
+    parser.add_argument("--steps", nargs="+", choices=names, help="default: all")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: tiny sizes")
+    parser.add_argument("--out", type=Path, help="folder; default: results/<card>")
+    limit: dict[str, Any] = {"type": seconds_to_end, "default": LIMIT_S, "metavar": "SECONDS"}
+    parser.add_argument("--limit", help="in all; default: %(default)s", **limit)
     parser.add_argument("server_arguments", nargs="*", help="for all servers, after --")
-    return parser
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
