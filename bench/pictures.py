@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+from importlib.util import find_spec
 
 
 def available() -> bool:
-    """Whether matplotlib can be imported."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        return False
-    return True
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
