@@ -27,7 +27,7 @@ def test_who_sees_whom() -> None:
 
 @pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
 def test_the_server_is_right_by_it(server: Running) -> None:
-    answer = send(server.server, Ask(tokens_of("Who sees whom?"), 200, 0.0, "union"))
+    answer = send(server.server, Ask(tokens_of("Who sees whom?"), 200, {"eviction_mode": "union"}))
     record = Recorded.read(server.trace, answer.rid)
     decoder = Masked(server.model)
     found = judge(decoder, [answer], [record], reused=True)
