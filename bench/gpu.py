@@ -1,9 +1,9 @@
 """All that a GPU has to show, in ten minutes: kernels are right, servers are exact, what it gains.
 
 `python -m bench.gpu` runs the kernel tests, `bench.accuracy.exact`, `bench.kernels` and
-`bench.serving --preset quick`; what is timed runs alone. A step that fails, or takes too long, does not stop the
-next one. Into `results/<card>/`: each step's log and JSON, and summary.json. Exit status 1 if a
-step failed. `--device cpu` tries it out with tiny sizes, whose times mean nothing.
+`bench.serving --preset quick`; what is timed runs alone. A step that fails, or takes too long, does
+not stop the next one. Into `results/<card>/`: each step's log and JSON, and summary.json. Exit
+status 1 if a step failed. `--device cpu` tries it out with tiny sizes, whose times mean nothing.
 """
 
 from __future__ import annotations
