@@ -96,6 +96,7 @@ def test_what_programs_of_ours_add(bare: pytest.MonkeyPatch) -> None:
     assert activation.environment() == {}
 
 
+@pytest.mark.slow
 @NO_ACCELERATOR
 @pytest.mark.parametrize(
     ("environment", "arguments", "expected"),
@@ -156,6 +157,7 @@ def test_where_a_policy_comes_in_time(bare: pytest.MonkeyPatch) -> None:
     check_platform()
 
 
+@pytest.mark.server
 @NO_ACCELERATOR
 def test_an_engine_says_what_to_set(servers: Any) -> None:
     model = str(servers.model("qwen3"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from bench.simulator.oracle import Oracle
 from bench.simulator.registry import make_policy
@@ -60,6 +61,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.server
 def test_engine_with_radix_cache_off(servers: Any, tmp_path: Path) -> None:
     model = servers.model("qwen3")
     script = tmp_path / "engine.py"

@@ -35,6 +35,8 @@ RECENT = 16
 FLOAT32 = Limits.of("float32")
 
 
+@pytest.mark.server
+@pytest.mark.full
 def test_a_run_on_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ def run(name: str, *arguments: str, **environment: str) -> dict[str, dict[str, A
     }
 
 
+@pytest.mark.server
 def test_engine(servers: Any, tmp_path: Path) -> None:
     """On a CPU it asks for the platform itself; it measures the model, and finds its history."""
     turns = run(

@@ -16,6 +16,8 @@ from tests.kernels.geometries import SHIPPED
 from tests.kernels.resources import BEGIN, DOCUMENT, END, TARGETS
 
 ROOT = Path(__file__).parents[1]
+# One process compiles for all of them.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compiled")]
 MATRIX = {
     "sm_80": {"mma.sync"},
     "sm_90": {"wgmma.mma_async", "mma.sync"},

@@ -209,6 +209,7 @@ def commands_with(word: str) -> list[str]:
     return [command for command in commands if word in command]
 
 
+@pytest.mark.server
 def test_a_signal_while_servers_start(tmp_path: Path) -> None:
     """It ends them, and the results say what there is not."""
     output, said = tmp_path / "serving.json", tmp_path / "said"

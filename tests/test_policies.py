@@ -299,6 +299,7 @@ def test_a_file_in_the_folder_is_enough(dropped: dict[str, str]) -> None:
     assert result.stdout.split() == ["value-norm", "False", *sorted([*POLICIES, "value-norm"])]
 
 
+@pytest.mark.server
 def test_a_server_runs_it(servers: Any, dropped: dict[str, str], tmp_path: Path) -> None:
     """Without statistics, of which it needs none."""
     arguments = ["--kv-policy", "value-norm", "--kv-budget", "40", "--kv-interval", "20"]

@@ -148,6 +148,7 @@ def test_unknown_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     refusals.check_version(KvPolicyConfig(allow_untested_sglang=True))
 
 
+@pytest.mark.slow
 def test_the_real_command_line(servers: Any) -> None:
     """Refused before anything is loaded: one line, non-zero exit."""
     command = [sys.executable, "-m", "sglang.launch_server"]
