@@ -57,7 +57,8 @@ QUESTIONS = (
 )
 FOLLOW_UP = "Sum up what you have written in one sentence."
 SHOWN, EXCERPT = 5, 400
-"""The chat whose texts are printed; characters of their ends: nothing was evicted before these."""
+"""The chat whose texts are printed, and how many characters: the beginning says nothing, as it was
+written before anything was evicted."""
 
 
 @dataclass(frozen=True)
