@@ -35,6 +35,7 @@ from bench.agent.prompt import TEMPLATE, messages, system_prompt
 from bench.agent.report import CONTINUATION, PROMPT, RADIX_OFF, STOCK, Outcome
 from bench.agent.tools import CALL_SCHEMA
 from bench.arms import Arm, running, triattention
+from bench.cutoff import Clock, cut_off
 from bench.machine import machine
 from bench.models.tiny import make_model
 from bench.server import STOCK_ENVIRONMENT, Endpoint
@@ -119,7 +120,8 @@ def prepare(endpoint: Endpoint, arguments: argparse.Namespace) -> Callable[[], l
 
 def main() -> int:
     arguments = parse(sys.argv[1:])
-    outcomes = measure(arguments)
+    with cut_off(Clock()):  # A signal leaves no server behind.
+        outcomes = measure(arguments)
     goals = report.judge(outcomes, arguments.reasoning)
     tables = [report.arm_table(outcomes), report.turn_table(outcomes)]
     print(*tables, *goals, sep="\n\n")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from bench import metrics
 from bench.agent.answers import Answer, chat, chat_client, total
 from bench.arms import Arm, running, triattention
+from bench.cutoff import Clock, cut_off
 from bench.machine import machine
 from bench.models import ModelUnavailable, get
 from bench.server import STOCK_ENVIRONMENT, Server
@@ -258,7 +259,8 @@ def main() -> int:
         return 1
     folder = Path(tempfile.mkdtemp(prefix="sglang-tri-demo-"))
     began = time.monotonic()
-    policy, stock = hold_all(model, folder)
+    with cut_off(Clock()):  # A signal leaves no server behind.
+        policy, stock = hold_all(model, folder)
     seconds = time.monotonic() - began
     print(
         f"\n{model.name}: {len(QUESTIONS)} chats at once, {TOKENS} tokens each, {POOL:,} KV slots"
