@@ -52,6 +52,8 @@ RUN: Run = {
     **{"running": 4.0, "read": 200.0, "peak_slots": 90, "wall": 3.0},
     "over_time": [(0.0, 4, 50.0), (1.0, 3, 40.0)],
 }
+# Each run takes a client, which takes its time to start.
+FULL_STOCK = pytest.param("stock", marks=pytest.mark.full)
 BANDWIDTH = Traffic(weights=1000, slot=10, bandwidth=1e6)
 
 
@@ -66,7 +68,7 @@ def reasoning(requests: int, system: int, question: int, output: int) -> Workloa
     return Workload("reasoning", requests, system, question, output)
 
 
-@pytest.mark.parametrize("server", ["stock", "page1-overlap"], indirect=True)
+@pytest.mark.parametrize("server", [FULL_STOCK, "page1-overlap"], indirect=True)
 def test_a_run(server: Running, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """All counts are those that follow from the workload."""
     monkeypatch.setattr(metrics, "PERIOD_S", 0.02)  # Or the most slots would not be seen.
@@ -104,6 +106,7 @@ def test_a_run(server: Running, client: Client, monkeypatch: pytest.MonkeyPatch)
     assert 0 < run["median_itl_ms"] <= run["p99_itl_ms"] < 1000 * seconds
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
 def test_a_run_without_rounds(server: Running, client: Client) -> None:
     chosen = replace(TINY, workloads=(NEVER,), systems=(40,), question=8, budget=BUDGET)
@@ -113,6 +116,7 @@ def test_a_run_without_rounds(server: Running, client: Client) -> None:
     assert run["rounds"] == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
 def test_random_prompts_share_little(server: Running, client: Client) -> None:
     workload = Workload("random", 6, system=0, question=200, output=40)
@@ -121,6 +125,7 @@ def test_random_prompts_share_little(server: Running, client: Client) -> None:
     assert run["read"] <= run["peak_slots"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
 def test_no_more_at_once(server: Running, client: Client) -> None:
     workload = Workload("name", 3, system=10, question=4, output=60).times(3)
@@ -129,6 +134,7 @@ def test_no_more_at_once(server: Running, client: Client) -> None:
     assert max(running for _, running, _ in run["over_time"]) == 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("server", ["stock"], indirect=True)
 def test_a_refused_request_is_an_error(server: Running, client: Client) -> None:
     too_long = reasoning(1, system=40_000, question=1, output=4)
