@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,6 +143,17 @@ def test_a_refused_request_is_an_error(server: Running, client: Client) -> None:
     too_long = reasoning(1, system=40_000, question=1, output=4)
     with pytest.raises(LoadFailed, match="1 requests got no token"):
         client.measure(server.server, too_long, "arm", "pool")
+
+
+def test_a_package_that_the_client_imports_and_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Client(tmp_path, tmp_path, tmp_path)._stand_in() == {}
+    monkeypatch.setattr("bench.load.client.find_spec", lambda name: None)
+    environment = {**os.environ, **Client(tmp_path, tmp_path, tmp_path)._stand_in()}
+    command = [sys.executable, "-c", "from datasets import load_dataset; print(load_dataset)"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
 
 
 def test_prompts_are_as_long_for_the_server_as_for_the_client(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -106,11 +107,11 @@ class Client:
         command += ["--backend", "sglang", "--base-url", url, "--tokenizer", str(tokenizer)]
         command += ["--cache-report", "--output-details", "--output-file", str(output)]
         command += ["--disable-tqdm"]
-        home = {**os.environ, "HOME": str(self.folder)}
+        environment = {**os.environ, "HOME": str(self.folder), **self._stand_in()}
         with log.open("a") as file, ExitStack() as stack:
             with held_back():  # Servers would answer a client that is left behind before they end.
                 process = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=file, text=True, env=home
+                    command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
                 )
                 stack.enter_context(process)
                 stack.callback(process.kill)
@@ -130,6 +131,16 @@ class Client:
         if workload.system and written != due:
             raise LoadFailed(f"{workload.name}: {written} output tokens, not {due}; {log}")
         return began, found
+
+    def _stand_in(self) -> dict[str, str]:
+        """Environment in which a package that the client imports, and does not use here, is."""
+        if find_spec("datasets"):
+            return {}
+        folder = self.folder / "packages"
+        folder.mkdir(exist_ok=True)
+        (folder / "datasets.py").write_text("load_dataset = None\n")
+        path = os.environ.get("PYTHONPATH")
+        return {"PYTHONPATH": os.pathsep.join([str(folder), *([path] if path else [])])}
 
 
 def slots_of(state: dict[str, Any]) -> int:
