@@ -28,7 +28,8 @@ REAL = (
 )
 SMALL_POOL = 2048
 SMALL = ("--max-total-tokens", str(SMALL_POOL), "--context-length", "8192")
-OWN_TEXT = ("--kv-calibration-text", str(README), "--kv-calibration-tokens", "4096")
+FEW_TOKENS = ("--kv-calibration-tokens", "4096")
+OWN_TEXT = ("--kv-calibration-text", str(README), *FEW_TOKENS)
 FUZZ_POOL, FUZZ_ROWS = 1536, 8
 FUZZ = (
     *("--max-total-tokens", str(FUZZ_POOL), "--max-running-requests", str(FUZZ_ROWS)),
@@ -81,10 +82,14 @@ SETUPS = {
     "stock": Setup(policy=False, environment=dict(STOCK_ENVIRONMENT), group="page1"),
     "page1-overlap": Setup(group="page1"),
     "page4-sync": Setup(
-        arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX), automatic=True, group="page4"
+        arguments=(*COMMON, *PAGE_4, *SYNC, *LONGEST_PREFIX, *FEW_TOKENS),
+        automatic=True,
+        group="page4",
     ),
     # It reads the statistics that page4-sync has measured.
-    "page4-overlap": Setup(arguments=(*COMMON, *PAGE_4), automatic=True, group="page4"),
+    "page4-overlap": Setup(
+        arguments=(*COMMON, *PAGE_4, *FEW_TOKENS), automatic=True, group="page4"
+    ),
     "llama3": Setup(kind="llama3", arguments=(*COMMON, *SMALL), automatic=True),
     "yarn-lora-page16": Setup(
         kind="yarn",

@@ -14,7 +14,7 @@ from bench.accuracy.evaluation import plan, recall, reconstruction
 from bench.accuracy.reference_model import DIFFUSE, FOLDER
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ from sglang_tri.statistics import calibration_text as text
 from sglang_tri.statistics import validate
 from sglang_tri.statistics.virtual_queries import virtual_queries
 from tests.conftest import Running
-from tests.setups import COMMON, README
+from tests.setups import COMMON, FEW_TOKENS, README
 from tests.tiny_stats import capture_heads
 
 CHUNK = 128
@@ -29,8 +29,8 @@ MEASURING = ["page4-sync", "page1-sync", "llama3", OWN_TEXT]
 def sequences(server: Running) -> torch.Tensor:
     """What the server was to let its model read."""
     tokenizer = AutoTokenizer.from_pretrained(server.model)
-    own = server.name == OWN_TEXT
-    source, tokens = text.Source(str(README) if own else None), 4096 if own else 16384
+    source = text.Source(str(README) if server.name == OWN_TEXT else None)
+    tokens = 4096 if FEW_TOKENS[0] in server.setup.arguments else 16384
     return torch.tensor(text.tokenize(source, tokenizer, tokens, CHUNK).ids)
 
 
@@ -105,7 +105,7 @@ def test_same_text_same_bytes(server: Running, tmp_path: Path) -> None:
     """`sglang-tri calibrate` measures anew, in another process, and writes the very same file."""
     output = tmp_path / "measured.safetensors"
     command = [str(Path(sys.executable).with_name("sglang-tri")), "calibrate", "-o", str(output)]
-    command += ["--model-path", str(server.model), *COMMON]
+    command += ["--model-path", str(server.model), *COMMON, *FEW_TOKENS]
     environment = {**os.environ, "SGLANG_PLATFORM": ""}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env=environment

@@ -28,6 +28,7 @@ class Stay:
     retractions: int
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("server", ["fuzz-page1", "fuzz-page4"], indirect=True)
 def test_waiting_is_bounded(server: Running) -> None:
     """Equal requests of equal clients in a pool that holds half of them.

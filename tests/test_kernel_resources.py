@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.geometries import SHIPPED
-from tests.kernels.resources import BEGIN, DOCUMENT, END, TARGETS
+from tests.kernels.resources import BEGIN, DOCUMENT, END, NAMES, TARGETS
 
 ROOT = Path(__file__).parents[1]
 # One process compiles for all of them.
@@ -30,11 +30,16 @@ SCORES = ("score", "score, 2 buffers")
 Found = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+FULL = pytest.param(NAMES, id="all", marks=pytest.mark.full)
+SOME = pytest.param(["Qwen3-8B", "Qwen3-8B, fp8 e4m3"], id="some")
+
+
+@pytest.fixture(scope="module", params=[SOME, FULL])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Compiled in a process of its own, which has no interpreter in place of the compiler."""
     folder = tmp_path_factory.mktemp("resources")
     command = [sys.executable, "-m", "tests.kernels.resources", "--json", str(folder / "json")]
+    command += ["--only", *request.param]
     # SGLang, once imported, names another assembler than Triton's own.
     ours = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment = {**ours, "TRITON_CACHE_DIR": str(folder / "cache")}
@@ -145,6 +150,7 @@ def test_kernels_look_at_no_argument() -> None:
     assert result.stdout.split() == ["True"] * 4, result.stderr
 
 
+@pytest.mark.parametrize("found", [FULL], indirect=True)
 def test_the_table_in_the_documents_is_this_one(found: Found) -> None:
     """Registers may differ with the compiler's version; shapes and kernels may not."""
     table = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0]

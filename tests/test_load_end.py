@@ -238,6 +238,7 @@ def test_a_signal_while_servers_start(tmp_path: Path) -> None:
     assert f"left out: {EVICTED}, pool 4, production: 2 runs" in found["left_out"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("server", ["page1-overlap"], indirect=True)
 def test_a_bench_whose_time_is_up(
     server: Running,

@@ -39,6 +39,7 @@ KERNELS = {
     "select": select_triton.select_kernel,
     "compact": compact_triton.compact_kernel,
 }
+NAMES = [geometry.name for geometry in SHIPPED]
 # Types of arguments that are no pointers to int32.
 _TYPES = {
     "*fp32": ("rows", "moments", "scores", "key_scale", "centre", "weights"),
@@ -58,8 +59,9 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="the whole matrix of shapes")
     parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
     parser.add_argument("--json", type=Path, help="write all results, with assembly, to this file")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the shapes in the table")
     options = parser.parse_args()
-    found = list(compile_all(SHIPPED))
+    found = list(compile_all(one for one in SHIPPED if one.name in (options.only or NAMES)))
     lines = table(found)
     print("\n".join(lines))
     if options.write:

@@ -191,7 +191,7 @@ class Recorder:
         return launch
 
 
-@pytest.mark.parametrize("per_request", [False, True])
+@pytest.mark.parametrize("per_request", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_no_kernel_is_compiled_after_the_warm_up(
     on_triton: torch.device, monkeypatch: pytest.MonkeyPatch, per_request: bool
 ) -> None:
