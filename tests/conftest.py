@@ -120,6 +120,7 @@ class Servers:
                 "SGLANG_KV_POLICY_TRACE": str(folder / "trace"),
                 "SGLANG_KV_POLICY_CACHE": str(self._folder / "statistics"),
                 "KV_PROBE_FOLDER": str(folder / "probe"),
+                "OMP_NUM_THREADS": "1",  # Servers of two test processes share the cores.
                 "PYTHONPATH": os.pathsep.join([str(PROBE), os.environ.get("PYTHONPATH", "")]),
                 **setup.environment,
             }

@@ -91,12 +91,8 @@ SETUPS = {
         arguments=(*COMMON, *PAGE_4, *FEW_TOKENS), automatic=True, group="page4"
     ),
     "llama3": Setup(kind="llama3", arguments=(*COMMON, *SMALL), automatic=True),
-    "yarn-lora-page16": Setup(
-        kind="yarn",
-        arguments=(*COMMON, *PAGE_16, *OWN_TEXT),
-        automatic=True,
-        adapters=("a", "b"),
-    ),
+    "yarn": Setup(kind="yarn", arguments=(*COMMON, *OWN_TEXT), automatic=True),
+    "lora-page16": Setup(arguments=(*COMMON, *PAGE_16), adapters=("a", "b")),
     "fp8": Setup(arguments=(*COMMON, *FP8)),
     "smollm2-page4": Setup(kind="smollm2", arguments=(*REAL, *PAGE_4), automatic=True),
     "fuzz-page4": Setup(arguments=(*FUZZ, *PAGE_4, *STRIP), environment=_RETRACT),

@@ -15,7 +15,7 @@ from tests.client import Answer, send, send_all
 from tests.conftest import Running, Servers
 from tests.test_conversations import POLICIES, Talk, exact, history, whole_pages
 
-SERVED = pytest.mark.parametrize("server", ["yarn-lora-page16"], indirect=True)
+SERVED = pytest.mark.parametrize("server", ["lora-page16"], indirect=True)
 NAMES = (None, "a", "b")
 LONG = 160
 LEAST_ROUNDS = 3  # At 80, 112 and 144 tokens: budget and interval are rounded up to pages.
@@ -26,7 +26,7 @@ Oracles = dict[str | None, Oracle]
 @pytest.fixture(scope="module")
 def oracles(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Oracles:
     """One for the model and one for each adapter, with the statistics of the model alone."""
-    running = servers.get("yarn-lora-page16")
+    running = servers.get("lora-page16")
     model, root = running.model, tmp_path_factory.mktemp("merged")
     made: Oracles = {None: Oracle(model, running.stats)}
     for name in ("a", "b"):

@@ -140,7 +140,7 @@ def test_any_sampling_parameters(server: Running, params: dict[str, Any]) -> Non
     survives(server, "/generate", {"text": PROMPT, "sampling_params": {**SHORT, **params}})
 
 
-@pytest.mark.parametrize("server", ["page1-overlap", "yarn-lora-page16"], indirect=True)
+@pytest.mark.parametrize("server", ["page1-overlap", "lora-page16"], indirect=True)
 @FUZZ
 @given(fields=GENERATE)
 def test_any_fields_of_generate(server: Running, fields: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from tests.setups import COMMON, FEW_TOKENS, README
 from tests.tiny_stats import capture_heads
 
 CHUNK = 128
-OWN_TEXT = "yarn-lora-page16"
+OWN_TEXT = "yarn"
 MEASURING = ["page4-sync", "page1-sync", "llama3", OWN_TEXT]
 
 

@@ -52,6 +52,8 @@ from tests.histories.memory import Memory
 from tests.histories.plain import THINK, ByDigest, Plain
 from tests.histories.tree import Tree
 
+# The last test asks what happened in all of the others.
+pytestmark = pytest.mark.xdist_group("histories")
 DEFAULT_EXAMPLES = 8
 EXAMPLES = int(os.environ.get("HISTORIES_EXAMPLES", DEFAULT_EXAMPLES))
 # What must happen at least, in all histories together. It was about three times as often.

@@ -49,6 +49,7 @@ def run(code: str) -> str:
     return result.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_is_installed_when(servers: object) -> None:
     """Without a policy the flags, and what the CPU platform needs; and a hook that SGLang skips
     does not go unnoticed.
@@ -112,6 +113,7 @@ def test_a_copy_that_lost_the_policy_is_noticed(monkeypatch: pytest.MonkeyPatch)
         server.confirm(launched, object, SimpleNamespace())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_doctor_says_that_it_would_run() -> None:
     doctor = [str(Path(sys.executable).with_name("sglang-tri")), "doctor"]
     environment = {**os.environ, "SGLANG_PLATFORM": ""}

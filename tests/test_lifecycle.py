@@ -144,6 +144,7 @@ for module, name in (
 """
 
 
+@pytest.mark.slow
 def test_who_reads_the_slot_table_inside_a_decode_graph() -> None:
     """FlashAttention 3 and 4 are one class."""
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES

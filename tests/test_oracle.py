@@ -12,7 +12,7 @@ from tests.conftest import Running
 from tests.setups import SETUPS
 
 WITH_POLICY = [name for name in SETUPS if name.startswith("page")]
-OTHER_ROPE = ["llama3", "yarn-lora-page16"]
+OTHER_ROPE = ["llama3", "yarn"]
 
 SHARED = tokens_of("A shared prefix that several requests begin with, long enough for some pages. ")
 LONG_PROMPT = 4  # Which request of a workload is prefilled in several chunks.
@@ -32,23 +32,21 @@ ODD = [
 ]
 
 
-def workload(policies: list[dict[str, object]], page_size: int) -> list[Ask]:
+def workload(policies: list[dict[str, object]]) -> list[Ask]:
     """Different lengths, half over a shared prefix, half sampled instead of greedy."""
-    shortest = 205 + 4 * page_size  # Whole pages are evicted: larger ones, later.
     asks = []
     for index, policy in enumerate(policies):
         text = f"Request {index} has words of its own" + "," * index
         text *= 10 if index == LONG_PROMPT else 1
         prompt = (SHARED if index % 2 else []) + tokens_of(text)
         temperature = 1.0 if index % 3 == 0 else 0.0
-        asks.append(Ask(prompt, shortest + 5 * index, policy, temperature))
+        asks.append(Ask(prompt, 205 + 5 * index, policy, temperature))
     return asks
 
 
 def check(running: Running, policies: list[dict[str, object]]) -> None:
     oracle = Oracle(running.model, running.stats)
-    asks = workload(policies, running.setup.page_size)
-    judging.check(oracle, running, send_all(running, asks))
+    judging.check(oracle, running, send_all(running, workload(policies)))
 
 
 @pytest.mark.parametrize("server", WITH_POLICY, indirect=True)

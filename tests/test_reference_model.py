@@ -148,12 +148,14 @@ def _averaged(rank: int, folder: Path) -> None:
     destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_average_their_gradients(tmp_path: Path) -> None:
     spawn(_averaged, (tmp_path,), nprocs=2)
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt").tolist() == [[1.5, 2.0]]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """As `torchrun` starts them: one curriculum, one checkpoint, twice the tokens; then go on."""
     sizes = "--layers 2 --hidden 64 --ffn 64 --heads 2 --kv-heads 1 --tokens 256 --spread 0.0"
