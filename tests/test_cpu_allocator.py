@@ -166,6 +166,7 @@ CALLS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     page_size=st.sampled_from([2, 4, 16]),

@@ -172,6 +172,7 @@ def test_judged_as_the_model_decodes(oracle: Oracle, method: str) -> None:
         assert (found.solved, found.correct) == (False, place)
 
 
+@pytest.mark.slow
 def test_methods_differ(oracle: Oracle) -> None:
     """Every name is a method of its own, and each evicts otherwise than the others."""
     outputs = {

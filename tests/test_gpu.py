@@ -63,6 +63,7 @@ def test_a_step_runs_and_leaves_its_figures(tmp_path: Path) -> None:
     assert "these times mean nothing" in (tmp_path / "kernels.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_failure_stops_no_other_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

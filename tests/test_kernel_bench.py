@@ -104,6 +104,7 @@ def test_kept_sets_are_compared(tiny: Pool, monkeypatch: pytest.MonkeyPatch) -> 
         kernels.check(tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="the kernels are not interpreted")
 def test_a_cell_in_triton_s_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INTERPRET, "1")

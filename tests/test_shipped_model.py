@@ -36,6 +36,7 @@ def solved_by_card(folder: Path, task: str) -> list[tuple[str, str, str]]:
     return re.findall(rf"^{task} +(\d+) +(\d+) +([\d.]+)%$", card(folder), re.M)
 
 
+@pytest.mark.slow
 @MODELS
 @pytest.mark.parametrize("task", TASKS)
 def test_the_card_states_the_accuracy(folder: Path, task: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from sglang_tri.kernels import compact, score, select
 from tests.interpreted import INTERPRET, ON_GPU
 
 MODULES = (score, select, compact)
+FOLDER = Path(__file__).parent
+# Those of their tests that run in Triton's interpreter.
+SLOW = ("test_score.py", "test_rounds.py")
 
 
 @pytest.fixture
@@ -50,3 +54,12 @@ def device(backend: str, request: pytest.FixtureRequest) -> torch.device:
 def tolerance(backend: str) -> float:
     """Of scores of bfloat16 keys, relative to the largest: Triton's kernel has 16 bits."""
     return 2e-5 if backend.startswith("triton") else 3e-6
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ON_GPU:
+        return
+    for item in items:
+        interpreted = "triton" in item.name or "on_triton" in getattr(item, "fixturenames", ())
+        if interpreted and item.path.parent == FOLDER and item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
