@@ -40,7 +40,7 @@ from bench.machine import machine
 from bench.models.tiny import make_model
 from bench.server import STOCK_ENVIRONMENT, Endpoint
 
-COMMON = [*metrics.FLAGS, "--enable-cache-report", "--chat-template", str(TEMPLATE)]
+COMMON = [*metrics.FLAGS, "--chat-template", str(TEMPLATE)]
 COMMON += ["--decode-log-interval", "1"]  # Figures of each step.
 COMMON += ["--constrained-json-disable-any-whitespace"]  # Else it may write blanks for ever.
 

@@ -27,7 +27,7 @@ from statistics import fmean, median
 
 from tqdm import tqdm
 
-from bench import metrics
+from bench import metrics, pictures
 from bench.agent.answers import Answer, chat, chat_client, total
 from bench.arms import Arm, running, triattention
 from bench.cutoff import Clock, cut_off
@@ -270,9 +270,9 @@ def main() -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(), "servers": [asdict(policy), asdict(stock)]}
     arguments.output.write_text(json.dumps(result, indent=1))
-    try:
+    if pictures.available():
         draw(policy, stock, model.name, arguments.output.with_suffix(".png"))
-    except ImportError:
+    else:
         print("No picture: there is no matplotlib.")
     found = problems(policy, stock)
     for problem in found:

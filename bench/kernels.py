@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench import pictures
 from bench.flags import positive
 from bench.goal import Goal
 from bench.kernel_cells import MODELS, RECENT, Cell, Pool
@@ -245,11 +246,11 @@ def _shown(row: Row) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """The roofline: what was reached, under what the device can do."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not pictures.available():
         print(f"matplotlib cannot be imported: no {path.name}.")
         return
+    from matplotlib.figure import Figure
+
     copy, flops = found["copy_bytes_per_second"], found["product_flops_per_second"]
     figure = Figure(layout="constrained")
     axes = figure.subplots()

@@ -93,7 +93,8 @@ def _measure_all(
 
     def keep(run: Run) -> None:
         runs.append(run)
-        kept.write_text("".join(json.dumps(each) + "\n" for each in runs))
+        with kept.open("a") as file:
+            print(json.dumps(run), file=file)
 
     try:
         with cut_off(clock):
